@@ -1,0 +1,38 @@
+"""Data sets and runs that several test files share."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_lightning.config import DataConfig
+
+
+def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8) -> None:
+    """A class-per-folder tree of random PNGs: ``classes`` maps a name to its numbers of training and test images."""
+    rng = np.random.default_rng(0)
+    for name, counts in classes.items():
+        for split, count in zip(("train", "test"), counts, strict=True):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{index:03}.png")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Three classes of 8 × 8 images: 9 training and 7 test images each."""
+    write_folder(tmp_path / "images", {"bee": (9, 7), "ant": (9, 7), "cat": (9, 7)})
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def folder_config(folder: Path, tmp_path: Path) -> DataConfig:
+    return DataConfig(source="image_folder", root=str(folder), cache_dir=str(tmp_path / "cache"), batch_size=5)
+
+
+@pytest.fixture
+def digits_config(tmp_path: Path) -> DataConfig:
+    return DataConfig(source="digits", split="standard", cache_dir=str(tmp_path / "cache"))

@@ -1,0 +1,160 @@
+"""The schema: its checks, its agreement with conf/, and the one line that a mistake gets."""
+
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from vit_lightning import cli
+from vit_lightning.config import Config, InputError, ModelConfig
+
+CONF = Path(__file__).parent.parent / "conf"
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")
+)  # model=vit, data=digits, experiment=blog …
+
+
+def composed(*overrides: str) -> Config:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return cli.to_config(compose("config", list(overrides)))
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    """The train command, stopped before it would import torch."""
+    guard = (
+        "import sys, runpy; sys.modules['torch'] = None; sys.argv[0] = 'train.py';"
+        "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
+    )
+    return subprocess.run([sys.executable, "-c", guard, *arguments], cwd=cwd, capture_output=True, text=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _schemas():
+    cli.register_schemas()
+
+
+def test_defaults_of_conf_and_schema_agree():
+    assert composed() == Config()
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option):
+    composed(option)
+
+
+def test_every_option_is_in_the_help():
+    text = (CONF / "config.yaml").read_text()
+    for option in OPTIONS:
+        group, name = option.split("=")
+        [line] = [line for line in text.splitlines() if line.strip().startswith(f"{group} ")] or [""]
+        assert name in line + text[text.index(line) + len(line) :].split("\n")[1], option
+
+
+def test_the_models_are_the_specs():
+    spec = dict(image_size=72, patch_size=6, embed_dim=64, layers=8, heads=4, mlp_dim=128, dropout=0.1)
+    assert composed("model=vit").model == ModelConfig(**spec, mlp_head_units=[2048, 1024], head_dropout=0.5)
+    assert composed("model=blog").model == ModelConfig(**spec, block="blog")
+
+
+def test_the_blog_experiment_is_the_spec_to_the_letter():
+    config = composed("experiment=blog")
+    assert config.model.block == "blog"
+    assert (config.data.source, config.data.split, config.data.split_seed) == ("cifar100", "blog", 42)
+    assert (config.data.batch_size, config.trainer.max_epochs) == (32, 100)
+    assert (config.augment.rotation, config.augment.flip, config.augment.shift) == (7.0, 0.5, 0.0)
+    assert (config.optim.lr, config.optim.weight_decay, config.optim.decay_all) == (1e-3, 1e-4, True)
+    assert (config.optim.schedule, config.optim.warmup) == ("constant", 0.0)
+
+
+def test_an_experiments_choice_can_be_overridden():
+    config = composed("experiment=blog", "data=image_folder", "trainer.max_epochs=3", "model.layers=2")
+    assert (config.data.source, config.trainer.max_epochs, config.model.layers) == ("image_folder", 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.heads=5", "model.embed_dim=64 is not divisible by model.heads=5; model.embed_dim=65 would be"),
+        ("model.patch_size=7", "model.image_size=72 is not divisible by model.patch_size=7; model.patch_size=6 or 8"),
+        ("model.layers=0", "model.layers=0 must be at least 1"),
+        ("model.block=post", "model.block=post is not known; choose one of prenorm, blog"),
+        ("model.dropout=1.0", "model.dropout=1.0 must be at least 0 and less than 1"),
+        ("model.mlp_head_units=[8,0]", "model.mlp_head_units=0 must be at least 1"),
+        ("data.source=mnist", "data.source=mnist is not known; choose one of cifar100, cifar10, digits, image_folder"),
+        ("data.split=half", "data.split=half is not known; choose one of blog, standard"),
+        ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
+        ("data.val_fraction=1.0", "data.val_fraction=1.0 must lie between 0 and 1"),
+        ("data.stored_size=64", "data.stored_size belongs to data.source=image_folder; leave it out for cifar100"),
+        ("data.workers=-1", "data.workers=-1 must be at least 0"),
+        ("augment.flip=1.5", "augment.flip=1.5 is a probability: it must lie between 0 and 1"),
+        ("augment.rotation=-7", "augment.rotation=-7.0 must lie between 0 and 180 degrees"),
+        ("optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
+        ("optim.lr=nan", "optim.lr=nan must be at least 0"),
+        ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers, as in optim.betas=[0.9,0.999]"),
+        ("optim.betas=[0.9,1.0]", "optim.betas=1.0 must be at least 0 and less than 1"),
+        ("optim.schedule=step", "optim.schedule=step is not known; choose one of constant, cosine"),
+        ("trainer.max_epochs=0", "trainer.max_epochs=0 must be at least 1"),
+        ("trainer.precision=half", "trainer.precision=half is not known; choose one of 32-true, 16-mixed, bf16-mixed"),
+        ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0 must be a whole number of batches from 1"),
+        ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5 must be a whole number of batches from 1"),
+        ("trainer.check_val_every_n_epoch=101", "exceeds trainer.max_epochs=100: the run would never be validated"),
+        ("seed=-1", "seed=-1 must lie between 0 and 4294967295"),
+        ("+typo=1", "typo is not a key"),
+        ("+model.layer=4", "model.layer is not a key; did you mean model.layers?"),
+    ],
+)
+def test_an_impossible_value_names_its_key(override, message):
+    with pytest.raises(InputError) as error:
+        composed(override)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.layerz=4"], "model.layerz is not a key; did you mean model.layers? (model. has block, image_size"),
+        (["modle=vit"], "modle is not a key; did you mean model?"),
+        (["trainer.epochs=3"], "trainer.epochs is not a key; did you mean"),
+        (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
+        (["model.layers=abc"], "model.layers=abc: Value 'abc' of type 'str' could not be converted to Integer"),
+        (["model.layers=1.5"], "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
+        (["seed=null"], "seed=null: field 'seed' is not Optional"),
+        (["model=vitt"], "model=vitt is not known; choose one of blog, vit"),
+        (["experiment=blogg"], "experiment=blogg is not known; choose one of blog, quickstart"),
+        (["model.layers"], "Error parsing override 'model.layers'"),
+        (["model.layers=2,4"], "To sweep over it, add --multirun to your command line"),
+        (["model.heads=5"], "model.embed_dim=64 is not divisible by model.heads=5"),
+        (["+typo=1"], "typo is not a key"),
+        (["-m", "model.layerz=2,4"], "model.layerz is not a key"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_without_torch(tmp_path, arguments, message):
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert {path.name for path in tmp_path.rglob("*.*") if path.is_file()} <= {"multirun.yaml"}
+
+
+def test_help_and_cfg_need_no_torch(tmp_path):
+    text = run("--help", cwd=tmp_path)
+    assert text.returncode == 0, text.stderr
+    for group in cli.GROUPS:
+        assert f"\n  {group} " in text.stdout
+    assert "$" not in text.stdout
+    config = run("--cfg", "job", "model.layers=3", cwd=tmp_path)
+    assert config.returncode == 0, config.stderr
+    assert "  layers: 3\n" in config.stdout
+
+
+@pytest.mark.parametrize("schema", [Config, *cli.GROUPS.values()])
+def test_every_key_is_documented(schema):
+    for field in fields(schema):
+        if field.name not in cli.GROUPS:
+            assert f"\n    {field.name}: " in schema.__doc__ or f"    {field.name}: " in schema.__doc__, field.name

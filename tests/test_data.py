@@ -1,0 +1,129 @@
+"""Splits, batches and the transforms' place in the LightningDataModule."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.data import random_split
+from torchvision.transforms import v2
+
+from vit_lightning.config import AugmentConfig, DataConfig, InputError
+from vit_lightning.data import BatchIndices, ImageData, split_indices
+from vit_lightning.sources import ImageArrays
+
+
+def arrays_of(train_labels: torch.Tensor, test_labels: torch.Tensor) -> ImageArrays:
+    labels = {"train": train_labels, "test": test_labels}
+    images = {split: torch.zeros(len(values), 1, 1, 1, dtype=torch.uint8) for split, values in labels.items()}
+    return ImageArrays(images, labels, ["a", "b"], [0.0], [1.0])
+
+
+CIFAR_LIKE = arrays_of(torch.arange(50_000) % 100, torch.arange(10_000) % 100)
+
+
+def test_blog_split_is_random_splits():
+    parts = split_indices(CIFAR_LIKE, DataConfig(split="blog"))
+    generator = torch.Generator().manual_seed(42)
+    val, test = random_split(range(10_000), [7_000, 3_000], generator=generator)
+    assert parts["val"].tolist() == list(val.indices)
+    assert parts["test"].tolist() == list(test.indices)
+    assert len(parts["train"]) == 50_000
+
+
+def test_standard_split_holds_out_class_by_class_and_keeps_the_test_set():
+    parts = split_indices(CIFAR_LIKE, DataConfig(split="standard", val_fraction=0.1))
+    assert torch.equal(parts["test"], torch.arange(10_000))
+    assert torch.equal(torch.cat([parts["train"], parts["val"]]).sort().values, torch.arange(50_000))
+    assert torch.bincount(CIFAR_LIKE.labels["train"][parts["val"]]).tolist() == [50] * 100
+    again = split_indices(CIFAR_LIKE, DataConfig(split="standard", val_fraction=0.1))
+    other = split_indices(CIFAR_LIKE, DataConfig(split="standard", val_fraction=0.1, split_seed=1))
+    assert torch.equal(parts["val"], again["val"])
+    assert not torch.equal(parts["val"], other["val"])
+
+
+def test_splits_that_cannot_be_made_are_refused():
+    with pytest.raises(InputError, match=r"data\.split=blog cannot split 1 test image"):
+        split_indices(arrays_of(torch.tensor([0, 1]), torch.tensor([0])), DataConfig(split="blog"))
+    with pytest.raises(InputError, match=r"data\.val_fraction=0\.1 cannot be held out class by class"):
+        split_indices(arrays_of(torch.tensor([0] * 50 + [1]), torch.arange(9)), DataConfig(split="standard"))
+
+
+def data_module(config: DataConfig, **arguments) -> ImageData:
+    data = ImageData(config, AugmentConfig(), **{"image_size": 12, **arguments})
+    data.setup()
+    return data
+
+
+def seen(loader) -> list[bytes]:
+    return [image.numpy().tobytes() for images, _ in loader for image in images]
+
+
+@pytest.mark.parametrize("split", ["blog", "standard"])
+@pytest.mark.parametrize("eval_batch_size", [1, 4, 1000])
+def test_every_evaluation_image_counts_once(folder_config, split, eval_batch_size):
+    data = data_module(replace(folder_config, split=split, val_fraction=0.25, eval_batch_size=eval_batch_size))
+    val, test = seen(data.val_dataloader()), seen(data.test_dataloader())
+    arrays = data.arrays
+    every = [image.numpy().tobytes() for image in arrays.images["test"]]
+    if split == "blog":
+        assert sorted(val + test) == sorted(every)
+        assert (len(val), len(test)) == (14, 7)
+    else:
+        assert test == every
+        train = {arrays.images["train"][i].numpy().tobytes() for i in data.indices["train"]}
+        assert not train & set(val)
+        assert len(train) + len(val) == 27
+
+
+def test_training_batches_are_full_and_no_image_comes_twice(folder_config):
+    data = data_module(folder_config)
+    batches = list(data.train_dataloader())
+    assert [len(labels) for _, labels in batches] == [5] * 5  # 27 images
+    assert len(data.train_dataloader()) == 5
+    assert len(set(seen(data.train_dataloader()))) == 25
+
+
+def test_images_keep_their_labels(folder_config):
+    data = data_module(folder_config)
+    label_of = {
+        image.numpy().tobytes(): label.item()
+        for image, label in zip(data.arrays.images["train"], data.arrays.labels["train"], strict=True)
+    }
+    for images, labels in data.train_dataloader():
+        assert [label_of[image.numpy().tobytes()] for image in images] == labels.tolist()
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    def order(seed: int, epoch: int) -> list[int]:
+        sampler = BatchIndices(torch.arange(100), 10, shuffle=True, seed=seed)
+        sampler.set_epoch(epoch)
+        return torch.cat(list(sampler)).tolist()
+
+    orders = [order(0, 0), order(0, 1), order(1, 0), order(1, 1)]
+    assert order(0, 1) == orders[1]
+    for index, one in enumerate(orders):
+        assert sorted(one) == list(range(100))
+        assert one != list(range(100))
+        assert one not in orders[:index]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_change_nothing(folder_config, workers):
+    data = data_module(replace(folder_config, workers=workers))
+    alone = data_module(folder_config)
+    assert seen(data.train_dataloader()) == seen(alone.train_dataloader())
+
+
+def test_evaluation_sees_torchvisions_resize_and_normalise(folder_config):
+    data = data_module(folder_config)
+    images, labels = next(iter(data.val_dataloader()))
+    normalise = v2.Normalize(data.mean.tolist(), data.std.tolist())
+    theirs = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Resize((12, 12)), normalise])
+    ours, same_labels = data.on_after_batch_transfer((images, labels), 0)
+    torch.testing.assert_close(ours, theirs(images), rtol=1e-4, atol=1e-4)
+    assert torch.equal(labels, same_labels)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(folder_config):
+    with pytest.raises(InputError, match=r"data\.batch_size=28 exceeds the 27 training images"):
+        data_module(replace(folder_config, batch_size=28))

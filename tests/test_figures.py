@@ -1,0 +1,53 @@
+"""Pictures: what is in the files, not how pretty it is."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vit_lightning.figures import draw_curves, draw_patches
+
+
+def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:
+    keys = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
+    return [
+        {"epoch": epoch, **{key: 1 / epoch for key in keys if key.startswith("train") or epoch % every == 0}}
+        for epoch in range(1, epochs + 1)
+    ]
+
+
+def has_colour(path, rgb: tuple[int, int, int]) -> bool:
+    pixels = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    return bool((np.abs(pixels - rgb).max(axis=-1) < 8).sum() > 50)
+
+
+BLUE, VERMILION = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
+
+
+@pytest.mark.parametrize(("epochs", "every"), [(1, 1), (10, 1), (10, 3)])
+def test_curves_show_training_and_validation(tmp_path, epochs, every):
+    draw_curves(rows(epochs, every), tmp_path / "curves.png")
+    assert has_colour(tmp_path / "curves.png", BLUE)
+    assert has_colour(tmp_path / "curves.png", VERMILION)
+
+
+def test_curves_without_validation_yet(tmp_path):
+    draw_curves(rows(2, every=3), tmp_path / "curves.png")
+    assert has_colour(tmp_path / "curves.png", BLUE)
+
+
+def test_a_loss_that_is_not_finite_can_still_be_drawn(tmp_path):
+    draw_curves([{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": math.nan}], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").exists()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_patches_keep_every_colour(tmp_path, channels):
+    colours = [0.0, 0.25, 0.5, 0.75]
+    image = np.zeros((8, 8, channels))
+    for index, value in enumerate(colours):
+        image[index // 2 * 4 :, index % 2 * 4 :] = value
+    draw_patches(image, 4, "checkers", tmp_path / "patches.png")
+    for value in colours:
+        assert has_colour(tmp_path / "patches.png", (round(255 * value),) * 3)

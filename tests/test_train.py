@@ -1,0 +1,222 @@
+"""The train command, run as a user types it, from a directory that is not the project's."""
+
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import write_folder
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from vit_lightning.classifier import ViTClassifier
+
+SMALL = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
+
+
+def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    train = [sys.executable, "-m", "vit_lightning.train", *arguments]
+    return subprocess.run(train, cwd=cwd, capture_output=True, text=True)
+
+
+def trained(*arguments: str, cwd: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """The run directory of a command that succeeds and says nothing on standard error."""
+    before = set(cwd.glob("outputs/*/*"))
+    result = command(*arguments, cwd=cwd)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    [run] = set(cwd.glob("outputs/*/*")) - before
+    return run, result
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    """Where the commands are started: digits are decoded here once."""
+    return tmp_path_factory.mktemp("start")
+
+
+@pytest.fixture(scope="module")
+def digits(start) -> tuple[Path, str]:
+    run, result = trained("experiment=quickstart", "trainer.max_epochs=3", *SMALL, "seed=7", cwd=start)
+    return run, result.stdout
+
+
+def summary_of(run: Path) -> dict:
+    return json.loads((run / "summary.json").read_text())
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_its_files(digits):
+    run, _ = digits
+    names = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    events = {name for name in names if name.startswith("events.out.tfevents")}
+    assert events
+    assert names - events == {
+        *("config.yaml", "metrics.csv", "summary.json", "curves.png", "patches.png"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+    }
+
+
+def test_the_terminal_tells_results_and_where_the_files_lie(digits):
+    run, out = digits
+    assert "digits: 1,293 training, 144 validation, 360 test images of 10 classes; on " in out
+    assert "epoch 3/3  train loss " in out
+    for file in ("checkpoints/best.ckpt", "curves.png", "patches.png", "summary.json"):
+        assert f"{run.relative_to(run.parents[2])}/{file}" in out
+    assert f"tensorboard --logdir {run.relative_to(run.parents[2])}" in out
+    assert f"{summary_of(run)['metrics']['test/acc']:.1%}" in out
+
+
+def test_metrics_csv_has_a_row_an_epoch(digits):
+    run, _ = digits
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["step"] for row in rows] == [
+        str(n * summary_of(run)["samples_seen"] // 3 // batch(run)) for n in (1, 2, 3)
+    ]
+    assert all(value != "" for row in rows for value in row.values())
+    assert float(rows[2]["train/loss"]) < float(rows[0]["train/loss"])
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+
+
+def batch(run: Path) -> int:
+    return yaml.safe_load((run / "config.yaml").read_text())["data"]["batch_size"]
+
+
+def test_the_summary_tells_where_its_numbers_come_from(digits):
+    run, _ = digits
+    summary = summary_of(run)
+    assert summary["command"].startswith("python -m vit_lightning.train experiment=quickstart trainer.max_epochs=3 ")
+    assert summary["seed"] == 7
+    assert summary["config"] == yaml.safe_load((run / "config.yaml").read_text())
+    assert summary["config"]["model"]["num_classes"] == 10
+    assert summary["config"]["model"]["channels"] == 1
+    assert summary["libraries"]["torch"] == torch.__version__
+    assert summary["hardware"]["cores"] >= 1
+    assert summary["images"] == {"train": 1293, "val": 144, "test": 360}
+    assert summary["epochs"] == 3
+    assert summary["samples_seen"] == 3 * (1293 // batch(run)) * batch(run)
+    net = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt").net
+    assert summary["parameters"] == sum(p.numel() for p in net.parameters())
+    assert summary["train/images_per_second"] > 0
+    with (run / "metrics.csv").open() as file:
+        best = max(csv.DictReader(file), key=lambda row: float(row["val/acc"]))
+    assert summary["best_epoch"] == int(best["epoch"])
+    for key in ("train/loss", "train/acc5", "val/loss", "val/acc", "val/acc5"):
+        assert summary["metrics"][key] == pytest.approx(float(best[key]))
+    assert {"test/loss", "test/acc", "test/acc5"} <= summary["metrics"].keys()
+
+
+def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start):
+    """Recomputed with nothing of the project but the checkpoint and the cached arrays."""
+    run, _ = digits
+    module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
+    [cache] = (start / "data" / "cache").iterdir()
+    images = torch.from_numpy(np.load(cache / "test_images.npy")) / 255
+    labels = torch.from_numpy(np.load(cache / "test_labels.npy"))
+    mean, std = (torch.tensor(module.hparams[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
+    with torch.no_grad():
+        logits = module((images - mean) / std)
+    summary = summary_of(run)["metrics"]
+    assert summary["test/acc"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
+    hits = (logits.topk(5).indices == labels[:, None]).any(-1)
+    assert summary["test/acc5"] == pytest.approx(hits.double().mean().item())
+    assert summary["test/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
+def test_tensorboard_shows_the_run(digits):
+    run, _ = digits
+    events = EventAccumulator(str(run))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    expected = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc", "acc5")}
+    assert expected | {"lr-AdamW/pg1", "train/loss_step", "train/images_per_second"} <= tags
+    assert "hp_metric" not in tags
+    assert len(events.Scalars("val/acc")) == 3
+    assert events.Scalars("test/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
+
+
+def test_pictures_are_there(digits):
+    run, _ = digits
+    for name in ("curves.png", "patches.png"):
+        with Image.open(run / name) as image:
+            assert min(image.size) > 300
+
+
+def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(digits, start):
+    run, _ = digits
+    again, _ = trained("experiment=quickstart", "trainer.max_epochs=3", *SMALL, "seed=7", cwd=start)
+    other, _ = trained("experiment=quickstart", "trainer.max_epochs=3", *SMALL, "seed=8", cwd=start)
+    first = weights_of(run)
+    assert all(torch.equal(first[name], value) for name, value in weights_of(again).items())
+    assert summary_of(run)["metrics"] == summary_of(again)["metrics"]
+    assert not all(torch.equal(first[name], value) for name, value in weights_of(other).items())
+
+
+def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
+    write_folder(tmp_path / "data" / "pets", {"cat": (40, 10), "dog": (40, 10)})
+    arguments = ["data=image_folder", "data.root=data/pets", "trainer=debug", "trainer.precision=bf16-mixed"]
+    run, _ = trained(*arguments, "data.batch_size=8", cwd=tmp_path)
+    summary = summary_of(run)
+    assert summary["config"]["model"]["num_classes"] == 2
+    assert summary["images"] == {"train": 80, "val": 14, "test": 6}
+    assert summary["samples_seen"] == 2 * 4 * 8
+    module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    assert module.hparams["class_names"] == ["cat", "dog"]
+    assert module.net.pos_embed.shape == (1, 145, 64)
+
+
+def test_multirun_gives_each_job_a_directory(start):
+    sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.layers=1,2", "trainer.check_val_every_n_epoch=2"]
+    result = command(*sweep, cwd=start)
+    assert result.returncode == 0, result.stderr
+    jobs = sorted(path.parent for path in start.glob("outputs/multirun/*/*/*/summary.json"))
+    assert [job.name for job in jobs] == ["0", "1"]
+    assert [summary_of(job)["config"]["model"]["layers"] for job in jobs] == [1, 2]
+    with (jobs[0] / "metrics.csv").open() as file:
+        assert [row["val/acc"] == "" for row in csv.DictReader(file)] == [True, False]
+
+
+def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
+    before = set(start.glob("outputs/multirun/*/*"))
+    result = command("-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2", cwd=start)
+    assert result.returncode == 1
+    assert "error: model.embed_dim=64 is not divisible by model.heads=5" in result.stderr
+    assert "model.heads=5" in result.stderr.splitlines()[0]  # Hydra names the job
+    [sweep] = set(start.glob("outputs/multirun/*/*")) - before
+    assert [path.parent.name for path in sweep.rglob("summary.json")] == ["1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=digits", "model.num_classes=11"], "model.num_classes=11, but data.source=digits has 10"),
+        (["data=digits", "model.channels=3"], "model.channels=3, but data.source=digits has 1"),
+        (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
+        (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
+        (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
+        pytest.param(
+            ["data=digits", "trainer=gpu"],
+            "trainer.accelerator=gpu: torch finds none here; use trainer=cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_does_not_fit_data_or_machine_is_one_line_and_leaves_nothing(start, arguments, message):
+    before = set(start.glob("outputs/*/*"))
+    result = command(*arguments, cwd=start)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert set(start.glob("outputs/*/*")) == before

@@ -1,0 +1,1 @@
+"""A small Vision Transformer as a PyTorch Lightning experiment project."""

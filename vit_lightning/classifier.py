@@ -1,0 +1,89 @@
+"""The LightningModule: a network with its loss, metrics and optimizer."""
+
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, Metric
+from torchmetrics.classification import MulticlassAccuracy
+
+from vit_lightning.config import ModelConfig, OptimConfig
+from vit_lightning.model import ViT
+from vit_lightning.optim import build_optimizer, build_schedule
+
+
+class ViTClassifier(L.LightningModule):
+    """A Vision Transformer trained with cross-entropy, its top-1 and top-5 accuracy.
+
+    Every argument is a plain container, kept in the checkpoint: ``ViTClassifier.load_from_checkpoint(path)`` needs
+    nothing else.
+
+    Args:
+        model: fields of :class:`~vit_lightning.config.ModelConfig`, ``num_classes`` and ``channels`` set.
+        optim: fields of :class:`~vit_lightning.config.OptimConfig`.
+        class_names: names of the classes, in the order of the logits.
+        mean: of each channel of the training images, on [0, 1]: what images are normalised by.
+        std: the standard deviation of each channel, likewise.
+    """
+
+    def __init__(
+        self,
+        model: dict[str, Any],
+        optim: dict[str, Any],
+        class_names: list[str],
+        mean: list[float],
+        std: list[float],
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+        self.net = ViT(ModelConfig(**model))
+        side = self.net.image_size
+        self.example_input_array = torch.zeros(1, self.net.channels, side, side)  # the model summary's sizes and FLOPs
+        classes = len(class_names)
+        self.metrics = nn.ModuleDict()
+        for stage in ("train", "val", "test"):
+            self.metrics[f"{stage}/loss"] = MeanMetric()
+            self.metrics[f"{stage}/acc"] = MulticlassAccuracy(classes, average="micro", validate_args=False)
+            # With fewer than five classes any five guesses hold the right one.
+            self.metrics[f"{stage}/acc5"] = MulticlassAccuracy(
+                classes, top_k=min(5, classes), average="micro", validate_args=False
+            )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, S, S) to logits (B, num_classes)."""
+        return self.net(images)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
+        loss = self._step(batch, "train")
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch into ``val/…``."""
+        self._step(batch, "val")
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count a batch into ``test/…``."""
+        self._step(batch, "test")
+
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+        images, labels = batch
+        logits = self(images)
+        loss = F.cross_entropy(logits, labels)
+        metrics = {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith(stage)}
+        metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))  # a mean over samples, not over batches
+        metrics[f"{stage}/acc"].update(logits, labels)
+        metrics[f"{stage}/acc5"].update(logits, labels)
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer, and a schedule that moves with every step."""
+        config = OptimConfig(**self.hparams["optim"])
+        optimizer = build_optimizer(self.net, config)
+        schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

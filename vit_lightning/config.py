@@ -1,0 +1,255 @@
+"""The schema of the configuration: every key with its type, default, meaning and checks.
+
+Plain dataclasses: they are built from ``conf/`` by :mod:`vit_lightning.cli`, or directly in Python
+(``ModelConfig(layers=4)``). A value that cannot work raises :class:`InputError`, whose message names the
+key as it is typed on the command line. Nothing here imports torch, so that a mistake is reported at once.
+"""
+
+from dataclasses import dataclass, field
+
+
+class InputError(ValueError):
+    """A mistake that the user can mend: one line that names the key or file, and the cure."""
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    for key, value in values.items():
+        if value is not None and not value >= low:
+            raise InputError(f"{_dotted(key)}={value} must be at least {low}")
+
+
+def _fraction(**values: float) -> None:
+    for key, value in values.items():
+        if not 0 <= value < 1:
+            raise InputError(f"{_dotted(key)}={value} must be at least 0 and less than 1")
+
+
+def _one_of(*choices: str, **values: str) -> None:
+    for key, value in values.items():
+        if value not in choices:
+            raise InputError(f"{_dotted(key)}={value} is not known; choose one of {', '.join(choices)}")
+
+
+def _dotted(key: str) -> str:
+    """``model__layers`` -> ``model.layers``: keyword arguments cannot hold a dot."""
+    return key.replace("__", ".")
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """The Vision Transformer (``model.…``).
+
+    Attributes:
+        block: ``prenorm`` or ``blog`` (the tutorial's own block; see :mod:`vit_lightning.model`).
+        image_size: side of the square images the network sees, in pixels.
+        patch_size: side of a patch, in pixels; divides ``image_size``.
+        channels: channels of an image; ``None`` follows the data.
+        num_classes: number of classes; ``None`` follows the data.
+        embed_dim: width of a token; a multiple of ``heads``.
+        layers: number of transformer blocks.
+        heads: attention heads of a block.
+        mlp_dim: hidden width of a block's feed-forward.
+        dropout: dropout probability inside the blocks.
+        mlp_head_units: hidden widths of the classification head; empty for a linear head.
+        head_dropout: dropout probability inside the head.
+    """
+
+    block: str = "prenorm"
+    image_size: int = 72
+    patch_size: int = 6
+    channels: int | None = None
+    num_classes: int | None = None
+    embed_dim: int = 64
+    layers: int = 8
+    heads: int = 4
+    mlp_dim: int = 128
+    dropout: float = 0.1
+    mlp_head_units: list[int] = field(default_factory=lambda: [2048, 1024])
+    head_dropout: float = 0.5
+
+    def __post_init__(self) -> None:
+        _one_of("prenorm", "blog", model__block=self.block)
+        _at_least(1, model__image_size=self.image_size, model__patch_size=self.patch_size)
+        _at_least(1, model__channels=self.channels, model__num_classes=self.num_classes)
+        _at_least(1, model__embed_dim=self.embed_dim, model__layers=self.layers, model__heads=self.heads)
+        _at_least(1, model__mlp_dim=self.mlp_dim)
+        _fraction(model__dropout=self.dropout, model__head_dropout=self.head_dropout)
+        for units in self.mlp_head_units:
+            _at_least(1, model__mlp_head_units=units)
+        if self.embed_dim % self.heads:
+            raise InputError(
+                f"model.embed_dim={self.embed_dim} is not divisible by model.heads={self.heads}; "
+                f"model.embed_dim={-(-self.embed_dim // self.heads) * self.heads} would be"
+            )
+        if self.image_size % self.patch_size:
+            divisors = [n for n in range(1, self.image_size + 1) if self.image_size % n == 0]
+            nearest = sorted(sorted(divisors, key=lambda n: abs(n - self.patch_size))[:2])
+            raise InputError(
+                f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
+                f"model.patch_size={' or '.join(map(str, nearest))} would divide it"
+            )
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """Where images come from and how they are split and batched (``data.…``).
+
+    Attributes:
+        source: ``cifar100``, ``cifar10``, ``digits`` or ``image_folder``.
+        root: directory of the data set: downloads are kept here, ``image_folder`` reads ``train/<class>/*`` and
+            ``test/<class>/*`` here. Relative to where the command is started, like every path.
+        cache_dir: directory of the decoded images (uint8 arrays, memory-mapped on the next start).
+        stored_size: side at which ``image_folder`` keeps its images, in pixels (shorter side resized, centre
+            cropped); ``None`` keeps images that all have one square size as they are, and others at
+            ``model.image_size``.
+        split: ``blog`` (validation and test are 70 % and 30 % of the test images) or ``standard`` (validation is
+            held out of the training images, class by class; test is all the test images).
+        val_fraction: share of the training images held out by ``split=standard``.
+        split_seed: seed of either split; not tied to ``seed``, so that all runs validate on the same images.
+        batch_size: training images a step.
+        eval_batch_size: images a step in validation and test; changes nothing but speed and memory.
+        workers: processes that read batches; 0 reads in the training process, the fastest where images fit in memory.
+    """
+
+    source: str = "cifar100"
+    root: str = "data"
+    cache_dir: str = "data/cache"
+    stored_size: int | None = None
+    split: str = "blog"
+    val_fraction: float = 0.1
+    split_seed: int = 42
+    batch_size: int = 32
+    eval_batch_size: int = 256
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        _one_of("cifar100", "cifar10", "digits", "image_folder", data__source=self.source)
+        _one_of("blog", "standard", data__split=self.split)
+        _at_least(1, data__stored_size=self.stored_size)
+        _at_least(1, data__batch_size=self.batch_size, data__eval_batch_size=self.eval_batch_size)
+        _at_least(0, data__split_seed=self.split_seed, data__workers=self.workers)
+        if not 0 < self.val_fraction < 1:
+            raise InputError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
+        if self.stored_size is not None and self.source != "image_folder":
+            raise InputError(f"data.stored_size belongs to data.source=image_folder; leave it out for {self.source}")
+
+
+@dataclass(slots=True)
+class AugmentConfig:
+    """Random transforms of the training images (``augment.…``), drawn for each image of a batch.
+
+    Attributes:
+        rotation: largest angle of a rotation either way, in degrees; uniform.
+        flip: probability of a horizontal flip.
+        shift: largest shift either way along each axis, as a fraction of the image's side; uniform.
+    """
+
+    rotation: float = 7.0
+    flip: float = 0.5
+    shift: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rotation <= 180:
+            raise InputError(f"augment.rotation={self.rotation} must lie between 0 and 180 degrees")
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"augment.flip={self.flip} is a probability: it must lie between 0 and 1")
+        _fraction(augment__shift=self.shift)
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """AdamW and its learning-rate schedule (``optim.…``).
+
+    Attributes:
+        lr: peak learning rate.
+        weight_decay: decoupled weight decay.
+        betas: AdamW's two averaging coefficients.
+        decay_all: whether norms, biases, the class token and the position embedding decay too.
+        schedule: ``constant``, or ``cosine`` down to zero at the last step.
+        warmup: share of the run's steps over which the learning rate first rises linearly from zero.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    decay_all: bool = False
+    schedule: str = "constant"
+    warmup: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("constant", "cosine", optim__schedule=self.schedule)
+        _at_least(0, optim__lr=self.lr, optim__weight_decay=self.weight_decay)
+        _fraction(optim__warmup=self.warmup)
+        if len(self.betas) != 2:
+            raise InputError(f"optim.betas={self.betas} must be two numbers, as in optim.betas=[0.9,0.999]")
+        for beta in self.betas:
+            _fraction(optim__betas=beta)
+
+
+@dataclass(slots=True)
+class TrainerConfig:
+    """Arguments of :class:`lightning.Trainer`, under its own names (``trainer.…``).
+
+    Attributes:
+        accelerator: ``auto`` (whatever is there), ``cpu``, ``gpu`` or ``mps``.
+        precision: ``32-true``, ``16-mixed`` (GPU) or ``bf16-mixed`` (GPU and CPU).
+        max_epochs: passes over the training images.
+        limit_train_batches: batches of an epoch: a number (int) or a share (float) of them.
+        limit_val_batches: the same for validation.
+        limit_test_batches: the same for the test.
+        check_val_every_n_epoch: epochs from one validation to the next.
+        log_every_n_steps: steps between two points of the curves that have one a step.
+        deterministic: whether only kernels are used that repeat a run bit for bit.
+        enable_progress_bar: whether a terminal shows a progress bar (elsewhere a line is printed for each epoch).
+    """
+
+    accelerator: str = "auto"
+    precision: str = "32-true"
+    max_epochs: int = 100
+    limit_train_batches: int | float = 1.0
+    limit_val_batches: int | float = 1.0
+    limit_test_batches: int | float = 1.0
+    check_val_every_n_epoch: int = 1
+    log_every_n_steps: int = 50
+    deterministic: bool = True
+    enable_progress_bar: bool = True
+
+    def __post_init__(self) -> None:
+        _one_of("auto", "cpu", "gpu", "mps", trainer__accelerator=self.accelerator)
+        _one_of("32-true", "16-mixed", "bf16-mixed", trainer__precision=self.precision)
+        _at_least(1, trainer__max_epochs=self.max_epochs)
+        _at_least(1, trainer__check_val_every_n_epoch=self.check_val_every_n_epoch)
+        _at_least(1, trainer__log_every_n_steps=self.log_every_n_steps)
+        if self.check_val_every_n_epoch > self.max_epochs:
+            raise InputError(
+                f"trainer.check_val_every_n_epoch={self.check_val_every_n_epoch} exceeds "
+                f"trainer.max_epochs={self.max_epochs}: the run would never be validated"
+            )
+        for name in ("train", "val", "test"):
+            limit = getattr(self, f"limit_{name}_batches")
+            if limit <= 0 or (isinstance(limit, float) and limit > 1):
+                raise InputError(
+                    f"trainer.limit_{name}_batches={limit} must be a whole number of batches from 1 "
+                    "or a share above 0 and up to 1.0"
+                )
+
+
+@dataclass(slots=True)
+class Config:
+    """A whole run.
+
+    Attributes:
+        seed: seed of everything random in the run except the split: one seed gives one result, bit for bit,
+            on one machine.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")

@@ -1,0 +1,178 @@
+"""The LightningDataModule: splits, batches and transforms of one data source."""
+
+from collections.abc import Iterator
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from vit_lightning.augment import eval_transform, train_transform
+from vit_lightning.config import AugmentConfig, DataConfig, InputError
+from vit_lightning.sources import ImageArrays, load_arrays
+
+
+class ImageData(L.LightningDataModule):
+    """Images of one source as batches of normalised floats.
+
+    Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
+    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once.
+
+    Args:
+        data: source, split and batches.
+        augment: random transforms of the training images.
+        image_size: S, in pixels.
+        seed: seed of the order of the training images.
+    """
+
+    def __init__(self, data: DataConfig, augment: AugmentConfig, image_size: int, seed: int = 0) -> None:
+        super().__init__()
+        self.config = data
+        self.augment = augment
+        self.image_size = image_size
+        self.seed = seed
+        self.arrays: ImageArrays | None = None
+
+    def prepare_data(self) -> None:
+        """Download and decode what is not there yet."""
+        if self.arrays is None:
+            load_arrays(self.config, self.image_size)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Open the arrays and split them.
+
+        Raises:
+            InputError: if the source cannot be read, or is too small for the split or the batch size.
+        """
+        if self.arrays is not None:
+            return
+        arrays = load_arrays(self.config, self.image_size)
+        self.indices = split_indices(arrays, self.config)
+        if self.config.batch_size > len(self.indices["train"]):
+            raise InputError(
+                f"data.batch_size={self.config.batch_size} exceeds the {len(self.indices['train'])} training images"
+            )
+        self.mean = torch.tensor(arrays.mean)
+        self.std = torch.tensor(arrays.std)
+        self.class_names = arrays.class_names
+        self.channels = arrays.images["train"].shape[1]
+        self.arrays = arrays
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew each epoch; the last incomplete batch is dropped."""
+        return self._loader("train", self.config.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Every validation image, once, in order."""
+        return self._loader("val", self.config.eval_batch_size, shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """Every test image, once, in order."""
+        return self._loader("test", self.config.eval_batch_size, shuffle=False)
+
+    def on_after_batch_transfer(
+        self, batch: tuple[Tensor, Tensor] | Tensor, dataloader_idx: int
+    ) -> tuple[Tensor, Tensor] | Tensor:
+        """Transform a batch on the device it is on: randomly in training, plainly elsewhere."""
+        if isinstance(batch, Tensor):
+            return batch  # the model summary's example input, which is as the network takes it
+        images, labels = batch
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        if self.trainer is not None and self.trainer.training:
+            return train_transform(images, self.image_size, mean, std, self.augment), labels
+        return eval_transform(images, self.image_size, mean, std), labels
+
+    def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
+        assert self.arrays is not None, "setup() comes first"
+        part = "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
+        return DataLoader(
+            ArrayDataset(self.arrays.images[part], self.arrays.labels[part]),
+            sampler=BatchIndices(self.indices[split], batch_size, shuffle, self.seed),
+            batch_size=None,  # the sampler makes the batches
+            num_workers=self.config.workers,
+            persistent_workers=self.config.workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+
+def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
+    """Indices of the training, validation and test images: validation's point into the test images in the blog split.
+
+    Returns:
+        ``train``, ``val`` and ``test``, each int64 of shape (number of images,).
+
+    Raises:
+        InputError: if a part would be empty, or a class too small to be in each.
+    """
+    n_train, n_test = len(arrays.labels["train"]), len(arrays.labels["test"])
+    if config.split == "blog":
+        # The same numbers as random_split(test_set, [n_val, n_test - n_val], generator=...).
+        order = torch.randperm(n_test, generator=torch.Generator().manual_seed(config.split_seed))
+        n_val = int(0.7 * n_test)
+        if not 0 < n_val < n_test:
+            raise InputError(f"data.split=blog cannot split {n_test} test image(s) 70/30; use data.split=standard")
+        return {"train": torch.arange(n_train), "val": order[:n_val], "test": order[n_val:]}
+
+    from sklearn.model_selection import train_test_split
+
+    try:
+        train, val = train_test_split(
+            np.arange(n_train),
+            test_size=config.val_fraction,
+            random_state=config.split_seed,
+            stratify=arrays.labels["train"].numpy(),
+        )
+    except ValueError as error:
+        reason = f"data.val_fraction={config.val_fraction} cannot be held out class by class: {error}"
+        raise InputError(reason) from error
+    return {
+        "train": torch.from_numpy(np.sort(train)),
+        "val": torch.from_numpy(np.sort(val)),
+        "test": torch.arange(n_test),
+    }
+
+
+class ArrayDataset(Dataset):
+    """Gathers whole batches from arrays: ``dataset[indices]``, indices an int64 tensor."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images = images
+        self.labels = labels
+
+    def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        return self.images[indices], self.labels[indices]
+
+
+class BatchIndices(Sampler[Tensor]):
+    """Batches of indices. The order of an epoch follows from the seed and the epoch's number and from nothing else.
+
+    Args:
+        indices: (number of images,).
+        batch_size: indices of a batch.
+        shuffle: whether each epoch has an order of its own and drops its last incomplete batch (training).
+        seed: seed of the orders.
+    """
+
+    def __init__(self, indices: Tensor, batch_size: int, shuffle: bool, seed: int) -> None:
+        self.indices = indices
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order; the Trainer calls this at the start of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.indices), self.batch_size)
+        return full + (rest > 0 and not self.shuffle)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        order = self.indices
+        if self.shuffle:
+            entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
+            generator = torch.Generator().manual_seed(int(entropy) >> 1)
+            order = order[torch.randperm(len(order), generator=generator)]
+        yield from order.split(self.batch_size)[: len(self)]

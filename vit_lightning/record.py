@@ -1,0 +1,73 @@
+"""Where a number comes from: command, commit, libraries, hardware and date, for the files that keep numbers."""
+
+import datetime
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy", "pillow", "scikit-learn")
+
+
+def provenance() -> dict[str, Any]:
+    """What someone else needs to know to get the same numbers again.
+
+    Returns:
+        ``command`` as typed, ``date`` (UTC, ISO 8601), ``git_commit`` (with ``+changes`` if files differed from it;
+        ``None`` outside a repository), ``libraries`` (name to version), ``hardware``.
+    """
+    return {
+        "command": command(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git_commit": git_commit(),
+        "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "hardware": hardware(),
+    }
+
+
+def command() -> str:
+    """The command of this process, as it can be typed again."""
+    main = sys.modules["__main__"].__spec__
+    program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, with ``+changes`` if tracked files differ from it."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores, threads that torch uses, memory in GiB, and the GPU's name where there is one."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+        if hasattr(os, "sysconf")
+        else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

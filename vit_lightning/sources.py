@@ -1,0 +1,323 @@
+"""The data sources, each decoded once into uint8 arrays that stay on disk and are memory-mapped from then on."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from vit_lightning.config import DataConfig, InputError
+
+T = TypeVar("T")
+
+SPLITS = ("train", "test")
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+
+@dataclass(slots=True)
+class ImageArrays:
+    """A data set in memory-mapped arrays.
+
+    Attributes:
+        images: by split (``train``, ``test``), uint8 of shape (number of images, channels, side, side).
+        labels: by split, int64 of shape (number of images,): indices into ``class_names``.
+        class_names: in the order of their indices.
+        mean: of each channel over the training images, on [0, 1].
+        std: the standard deviation of each channel, likewise.
+    """
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+
+
+@dataclass(slots=True)
+class Decoded:
+    """What a source hands to the cache; images (C, side, side) of uint8 come one at a time, so that any number fits."""
+
+    class_names: list[str]
+    shape: tuple[int, int, int]
+    labels: dict[str, np.ndarray]
+    images: dict[str, Iterable[np.ndarray]]
+    fits_any_size: bool = True  # whether the side is the images' own, not chosen for model.image_size
+
+
+def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
+    """Open the cached arrays of a source, first decoding it where there are none or they no longer match it.
+
+    Args:
+        config: names the source and its directories.
+        image_size: side at which images of differing sizes are kept, in pixels, unless ``config.stored_size`` is set.
+
+    Raises:
+        InputError: if the source is missing, cannot be downloaded, or holds what cannot be trained on.
+    """
+    root = Path(config.root)
+    if config.source == "digits":
+        fingerprint, decode = digits()
+    elif config.source == "image_folder":
+        fingerprint, decode = image_folder(root, config.stored_size, image_size)
+    else:
+        fingerprint, decode = cifar(config.source, root)
+
+    key = hashlib.sha256(f"{root.resolve()} {config.stored_size}".encode()).hexdigest()[:12]
+    cache = Path(config.cache_dir) / f"{config.source}-{key}"
+    arrays = read_cache(cache, fingerprint, image_size)
+    if arrays is None:
+        try:
+            write_cache(cache, fingerprint, decode())
+        except PermissionError as error:
+            raise InputError(f"data.cache_dir={config.cache_dir} cannot be written ({error.strerror})") from error
+        arrays = read_cache(cache, fingerprint, image_size)
+        assert arrays is not None
+    return arrays
+
+
+# --- sources: each returns what identifies its present content, and a function that decodes it -----------------------
+
+Source = tuple[str, Callable[[], Decoded]]
+
+
+def cifar(name: str, root: Path) -> Source:
+    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) by torchvision, which downloads, verifies and keeps the archive."""
+    from torchvision import datasets
+
+    kind: type[datasets.CIFAR10] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    folder = root / kind.base_folder
+    names = [file for file, _ in [*kind.train_list, *kind.test_list]] + [kind.meta["filename"]]
+
+    def decode() -> Decoded:
+        try:
+            sets = {split: kind(str(root), train=split == "train", download=True) for split in SPLITS}
+        except (OSError, RuntimeError) as error:
+            raise InputError(
+                f"data={name}: {folder} holds no sound copy, and {kind.url} cannot be downloaded "
+                f"({' '.join(str(error).split())}); put that archive at {root / kind.filename}, "
+                "or train on data=digits, which needs no download"
+            ) from error
+        return Decoded(
+            class_names=sets["train"].classes,
+            shape=(3, 32, 32),
+            labels={split: np.array(data.targets) for split, data in sets.items()},
+            images={split: data.data.transpose(0, 3, 1, 2) for split, data in sets.items()},
+        )
+
+    return _fingerprint(folder / file for file in names), decode
+
+
+def digits() -> Source:
+    """1,797 handwritten digits, 8 × 8, grayscale (Alpaydin and Kaynak, 1998), which scikit-learn carries.
+
+    They have no test set of their own: a fifth of each class is one, drawn with a fixed seed.
+    """
+    import sklearn
+
+    def decode() -> Decoded:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        data = load_digits()
+        images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]
+        x_train, x_test, y_train, y_test = train_test_split(
+            images, data.target, test_size=0.2, random_state=42, stratify=data.target
+        )
+        return Decoded(
+            class_names=[str(name) for name in data.target_names],
+            shape=(1, 8, 8),
+            labels={"train": y_train, "test": y_test},
+            images={"train": x_train, "test": x_test},
+        )
+
+    return sklearn.__version__, decode
+
+
+def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source:
+    """A tree ``root/{train,test}/<class>/*`` of PNG, JPEG and WebP files; class indices follow the sorted folders."""
+    files = {split: _class_files(root / split) for split in SPLITS}
+    class_names = sorted(files["train"])
+    if len(class_names) < 2:
+        raise InputError(f"{root / 'train'} holds {len(class_names)} class folder; a classifier needs two or more")
+    for name in sorted(files["test"]):
+        if name not in files["train"]:
+            raise InputError(f"{root / 'test' / name} is a class that {root / 'train'} lacks; add or remove it")
+    paths = {split: [path for name in sorted(files[split]) for path in files[split][name]] for split in SPLITS}
+    labels = {
+        split: np.array([class_names.index(name) for name in sorted(files[split]) for _ in files[split][name]])
+        for split in SPLITS
+    }
+
+    def decode() -> Decoded:
+        side = stored_size
+        if side is None:
+            sizes = set(_in_threads(_image_size, [*paths["train"], *paths["test"]], "Reading image sizes"))
+            side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(*sizes)) == 1 else None
+        keep = side or image_size
+        return Decoded(
+            class_names=class_names,
+            shape=(3, keep, keep),
+            labels=labels,
+            images={
+                split: _in_threads(lambda path: decode_image(path, keep), paths[split], f"Decoding {split} images")
+                for split in SPLITS
+            },
+            fits_any_size=side is not None,
+        )
+
+    return _fingerprint(chain(*paths.values())), decode
+
+
+def decode_image(path: Path, side: int) -> np.ndarray:
+    """Read any picture as (3, side, side) uint8: upright by its EXIF tag, RGB, shorter side resized, centre cropped.
+
+    Transparent parts show white, as on paper; 16-bit grayscale keeps its range.
+
+    Raises:
+        InputError: if the file cannot be read as an image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+    if image.size != (side, side):
+        image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def _class_files(folder: Path) -> dict[str, list[Path]]:
+    """The image files of each class folder below ``folder``, sorted."""
+    if not folder.is_dir():
+        raise InputError(
+            f"data.root={folder.parent} has no folder {folder.name}/; "
+            "data=image_folder reads train/<class>/* and test/<class>/* below data.root"
+        )
+    classes = {}
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir() and not entry.name.startswith("."):
+            files = sorted(file for file in entry.iterdir() if file.suffix.lower() in SUFFIXES)
+            if not files:
+                raise InputError(f"{entry} holds no PNG, JPEG or WebP file; fill it or remove it")
+            classes[entry.name] = files
+    if not classes:
+        raise InputError(f"{folder} holds no class folder; put images into {folder}/<class>/")
+    return classes
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+    return InputError(f"{path} cannot be read ({reason}); mend or remove it")
+
+
+def _in_threads(function: Callable[[Path], T], paths: list[Path], description: str) -> Iterator[T]:
+    """Map over files on all cores, in order and by parts, so that results do not pile up; a terminal shows a bar."""
+    console = Console(stderr=True)
+    with ThreadPoolExecutor() as pool:
+        parts = (paths[start : start + 1024] for start in range(0, len(paths), 1024))
+        results = chain.from_iterable(pool.map(function, part) for part in parts)
+        yield from track(results, description, len(paths), console=console, disable=not console.is_terminal)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def read_cache(cache: Path, fingerprint: str, image_size: int) -> ImageArrays | None:
+    """Memory-map the arrays at ``cache``; ``None`` if there are none, or they are of other content or damaged."""
+    try:
+        meta = json.loads((cache / "meta.json").read_text())
+        if meta["fingerprint"] != fingerprint or meta["image_size"] not in (None, image_size):
+            return None
+        # "c" (copy on write): torch wants writable memory, and nothing may reach the file.
+        images = {split: np.load(cache / f"{split}_images.npy", mmap_mode="c") for split in SPLITS}
+        labels = {split: np.load(cache / f"{split}_labels.npy") for split in SPLITS}
+    except (OSError, ValueError, KeyError):
+        return None
+    return ImageArrays(
+        images={split: torch.from_numpy(array) for split, array in images.items()},
+        labels={split: torch.from_numpy(array) for split, array in labels.items()},
+        class_names=meta["class_names"],
+        mean=meta["mean"],
+        std=meta["std"],
+    )
+
+
+def write_cache(cache: Path, fingerprint: str, decoded: Decoded) -> None:
+    """Write the arrays beside ``cache`` and put them in its place when they are complete."""
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+    try:
+        for split in SPLITS:
+            labels = decoded.labels[split].astype(np.int64)
+            np.save(new / f"{split}_labels.npy", labels)
+            pixels = np.lib.format.open_memmap(
+                new / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(labels), *decoded.shape)
+            )
+            for index, image in enumerate(decoded.images[split]):
+                pixels[index] = image
+            pixels.flush()
+            if split == "train":
+                mean, std = channel_statistics(pixels)
+        meta = {
+            "fingerprint": fingerprint,
+            "image_size": None if decoded.fits_any_size else decoded.shape[1],
+            "class_names": decoded.class_names,
+            "mean": mean,
+            "std": std,
+        }
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        if cache.exists():
+            shutil.rmtree(cache)
+        new.rename(cache)
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Exact mean and standard deviation of each channel of (B, C, h, w) uint8 images, on [0, 1], from histograms."""
+    channels = range(images.shape[1])
+    counts = np.zeros((images.shape[1], 256))
+    for start in range(0, len(images), 4096):
+        chunk = images[start : start + 4096]
+        counts += np.stack([np.bincount(chunk[:, c].ravel(), minlength=256) for c in channels])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = share @ values
+    std = np.sqrt(share @ values**2 - mean**2)
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a blank channel must not divide by zero
+
+
+def _fingerprint(files: Iterable[Path]) -> str:
+    """A digest of the names, sizes and modification times of files; one that is missing counts too."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat() if file.exists() else None
+        digest.update(f"{file} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return digest.hexdigest()

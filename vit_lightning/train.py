@@ -1,0 +1,216 @@
+"""Train a Vision Transformer, test its best checkpoint, and leave a record: ``python -m vit_lightning.train``.
+
+``--help`` lists the groups and keys. torch and its kin are imported only once the configuration has been checked, so
+that a mistake in it is reported at once.
+"""
+
+import json
+import logging
+import time
+import warnings
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vit_lightning.cli import run_command
+from vit_lightning.config import Config, InputError, TrainerConfig
+
+if TYPE_CHECKING:
+    from vit_lightning.data import ImageData
+
+METRICS = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "acc", "acc5"))
+
+
+def train(config: Config, run_dir: Path) -> float:
+    """Train, test the best checkpoint, and write everything a run leaves into ``run_dir``.
+
+    Returns:
+        The best ``val/acc``, in [0, 1], for a sweeper to maximise.
+
+    Raises:
+        InputError: if the data or the machine does not fit the configuration.
+    """
+    import lightning as L
+    import torch
+    import yaml
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary, RichProgressBar
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from vit_lightning.callbacks import EpochRecorder, is_terminal
+    from vit_lightning.classifier import ViTClassifier
+    from vit_lightning.data import ImageData
+    from vit_lightning.record import provenance
+
+    quiet_lightning()
+    # Filling fresh memory would slow every step, and repeats nothing that the kernels do not repeat by themselves.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    check_accelerator(config.trainer)
+    L.seed_everything(config.seed, workers=True, verbose=False)
+    data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
+    data.setup()
+    config = follow_data(config, data)
+    classifier = ViTClassifier(
+        model=asdict(config.model),
+        optim=asdict(config.optim),
+        class_names=data.class_names,
+        mean=data.mean.tolist(),
+        std=data.std.tolist(),
+    )
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+    show_patches(data, config.model.patch_size, run_dir / "patches.png")
+
+    bar = config.trainer.enable_progress_bar and is_terminal()
+    recorder = EpochRecorder(run_dir, print_epochs=not bar)
+    best = ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="best",
+        monitor="val/acc",
+        mode="max",
+        save_last=True,
+        auto_insert_metric_name=False,
+    )
+    show_start(config, data)
+    trainer = L.Trainer(
+        **{**asdict(config.trainer), "enable_progress_bar": bar},
+        devices=1,
+        default_root_dir=run_dir,
+        logger=TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False),
+        callbacks=[
+            *(recorder, best, LearningRateMonitor("step"), RichModelSummary(max_depth=2)),
+            *([RichProgressBar()] if bar else []),
+        ],
+        num_sanity_val_steps=0,
+    )
+
+    start = time.perf_counter()
+    trainer.fit(classifier, data)
+    seconds = time.perf_counter() - start
+    [test] = trainer.test(classifier, datamodule=data, ckpt_path=best.best_model_path, verbose=False, weights_only=True)
+
+    best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
+    summary = {
+        **provenance(),
+        "seed": config.seed,
+        "parameters": sum(p.numel() for p in classifier.net.parameters()),
+        "images": {split: len(indices) for split, indices in data.indices.items()},
+        "epochs": len(recorder.rows),
+        "best_epoch": best_row["epoch"],
+        "samples_seen": recorder.samples_seen,
+        "seconds": seconds,
+        "train/images_per_second": recorder.images_per_second,
+        # Of one network, the best checkpoint's: training as counted during its epoch, with dropout and augmentation.
+        "metrics": {**{key: best_row[key] for key in METRICS if key in best_row}, **test},
+        "config": asdict(config),
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    show_results(summary, run_dir)
+    return summary["metrics"]["val/acc"]
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of every run here and what is not so here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
+        ".*smaller than the logging interval",  # the curves go on across epochs
+        ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def check_accelerator(trainer: TrainerConfig) -> None:
+    """Refuse an accelerator that is not there, and a precision it does not have.
+
+    Raises:
+        InputError: if so.
+    """
+    import torch
+
+    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(trainer.accelerator, True):
+        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use trainer=cpu")
+    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
+        raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
+
+
+def follow_data(config: Config, data: "ImageData") -> Config:
+    """Set the number of classes and channels from the data.
+
+    Raises:
+        InputError: if they are set, and otherwise.
+    """
+    classes, channels = len(data.class_names), data.channels
+    for key, found in (("num_classes", classes), ("channels", channels)):
+        wanted = getattr(config.model, key)
+        if wanted not in (None, found):
+            raise InputError(
+                f"model.{key}={wanted}, but data.source={config.data.source} has {found}; leave model.{key} out"
+            )
+    return replace(config, model=replace(config.model, num_classes=classes, channels=channels))
+
+
+def show_patches(data: "ImageData", patch_size: int, path: Path) -> None:
+    """Draw the first validation image, as the network sees it, beside its patches."""
+    from vit_lightning.augment import denormalise, eval_transform
+    from vit_lightning.figures import draw_patches
+
+    images, labels = next(iter(data.val_dataloader()))
+    image = denormalise(eval_transform(images[:1], data.image_size, data.mean, data.std), data.mean, data.std)
+    draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]], path)
+
+
+def show_start(config: Config, data: "ImageData") -> None:
+    """Say what is trained on, and where."""
+    from vit_lightning.record import hardware
+
+    counts = ", ".join(
+        f"{len(data.indices[split]):,} {name}"
+        for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
+    )
+    machine = hardware()
+    device = f"{machine['cpu']}, {machine['threads']} threads"
+    if config.trainer.accelerator != "cpu" and machine["gpu"]:
+        device = machine["gpu"]
+    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {device}")
+
+
+def show_results(summary: dict[str, Any], run_dir: Path) -> None:
+    """Print the final metrics, and where the run's files lie and how to open them."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"Best of {summary['epochs']} epochs: epoch {summary['best_epoch']}")
+    for column in ("", "images", "loss", "top-1", "top-5"):
+        table.add_column(column, justify="right" if column else "left")
+    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
+        table.add_row(name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}")
+    console.print(table)
+    console.print(
+        f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
+        f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
+    )
+    for name, file in (
+        ("checkpoint", "checkpoints/best.ckpt"),
+        ("curves", "curves.png"),
+        ("patches", "patches.png"),
+        ("record", "summary.json"),
+    ):
+        print(f"{name:<12}{relative(run_dir / file)}")
+    print(f"{'dashboard':<12}tensorboard --logdir {relative(run_dir)}")
+
+
+def relative(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(train)
+
+
+if __name__ == "__main__":
+    main()
