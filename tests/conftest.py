@@ -4,9 +4,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from vit_lightning.config import DataConfig
+from vit_lightning import cli
+from vit_lightning.config import Config, DataConfig
+
+CONF = Path(__file__).parent.parent / "conf"
+
+
+def composed(*overrides: str) -> Config:
+    """The configuration that a command line gives."""
+    cli.register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return cli.to_config(compose("config", list(overrides)))
 
 
 def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8) -> None:

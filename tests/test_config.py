@@ -6,20 +6,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
+from conftest import CONF, composed
 
 from vit_lightning import cli
 from vit_lightning.config import Config, InputError, ModelConfig
 
-CONF = Path(__file__).parent.parent / "conf"
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")
 )  # model=vit, data=digits, experiment=blog …
-
-
-def composed(*overrides: str) -> Config:
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.to_config(compose("config", list(overrides)))
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
@@ -29,11 +23,6 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
         "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
     )
     return subprocess.run([sys.executable, "-c", guard, *arguments], cwd=cwd, capture_output=True, text=True)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _schemas():
-    cli.register_schemas()
 
 
 def test_defaults_of_conf_and_schema_agree():

@@ -95,6 +95,8 @@ def to_config(cfg: DictConfig) -> Config:
 
 def one_line(error: Exception) -> str:
     """What went wrong, naming the key as it was typed and what would be right."""
+    if isinstance(error, InputError):
+        return f"error: {error}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if isinstance(cause, MissingConfigException) and (match := re.search(r"'(\w+)/([^']+)'", text[0])):

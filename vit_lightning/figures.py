@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 TRAIN, VAL = "#0072B2", "#D55E00"  # blue, vermilion
 
@@ -58,7 +59,7 @@ def draw_patches(image: np.ndarray, patch_size: int, title: str, path: Path) -> 
     """
     S, _, C = image.shape
     n = S // patch_size
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    figure = Figure(figsize=(8.4, 4.6), layout=ConstrainedLayoutEngine(h_pad=0.12, w_pad=0.12))
     left, right = figure.subplots(1, 2)
     gap = max(1, round(patch_size / 6))
     cell = patch_size + gap

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+LARGE_FILE = 16 * 1024  # bytes; measured: 32 × 32 PNGs of 2 KB decode three times as fast in one thread as in two
 
 
 @dataclass(slots=True)
@@ -163,7 +164,8 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
     def decode() -> Decoded:
         side = stored_size
         if side is None:
-            sizes = set(_in_threads(_image_size, [*paths["train"], *paths["test"]], "Reading image sizes"))
+            every = [*paths["train"], *paths["test"]]
+            sizes = set(_with_bar(map(_image_size, every), "Reading image sizes", len(every)))
             side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(*sizes)) == 1 else None
         keep = side or image_size
         return Decoded(
@@ -171,7 +173,7 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
             shape=(3, keep, keep),
             labels=labels,
             images={
-                split: _in_threads(lambda path: decode_image(path, keep), paths[split], f"Decoding {split} images")
+                split: _with_bar(_decode_all(paths[split], keep), f"Decoding {split} images", len(paths[split]))
                 for split in SPLITS
             },
             fits_any_size=side is not None,
@@ -236,13 +238,21 @@ def _unreadable(path: Path, error: Exception) -> InputError:
     return InputError(f"{path} cannot be read ({reason}); mend or remove it")
 
 
-def _in_threads(function: Callable[[Path], T], paths: list[Path], description: str) -> Iterator[T]:
-    """Map over files on all cores, in order and by parts, so that results do not pile up; a terminal shows a bar."""
-    console = Console(stderr=True)
+def _decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray]:
+    """Decode files in order: large ones on all cores, small ones one by one, where threads only get in the way."""
+    sample = paths[:: -(-len(paths) // 100)]
+    if sum(path.stat().st_size for path in sample) < LARGE_FILE * len(sample):
+        yield from (decode_image(path, side) for path in paths)
+        return
     with ThreadPoolExecutor() as pool:
-        parts = (paths[start : start + 1024] for start in range(0, len(paths), 1024))
-        results = chain.from_iterable(pool.map(function, part) for part in parts)
-        yield from track(results, description, len(paths), console=console, disable=not console.is_terminal)
+        for start in range(0, len(paths), 1024):  # by parts, so that results do not pile up
+            yield from pool.map(lambda path: decode_image(path, side), paths[start : start + 1024])
+
+
+def _with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    """The items, with a progress bar on a terminal."""
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from vit_lightning.cli import run_command
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
+    from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
 
 METRICS = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "acc", "acc5"))
@@ -33,7 +34,7 @@ def train(config: Config, run_dir: Path) -> float:
     import lightning as L
     import torch
     import yaml
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichModelSummary, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vit_lightning.callbacks import EpochRecorder, is_terminal
@@ -70,16 +71,15 @@ def train(config: Config, run_dir: Path) -> float:
         save_last=True,
         auto_insert_metric_name=False,
     )
-    show_start(config, data)
+    show_start(config, data, classifier)
+    logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
     trainer = L.Trainer(
         **{**asdict(config.trainer), "enable_progress_bar": bar},
         devices=1,
         default_root_dir=run_dir,
-        logger=TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False),
-        callbacks=[
-            *(recorder, best, LearningRateMonitor("step"), RichModelSummary(max_depth=2)),
-            *([RichProgressBar()] if bar else []),
-        ],
+        logger=logger,
+        callbacks=[recorder, best, LearningRateMonitor("step"), *([RichProgressBar()] if bar else [])],
+        enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
 
@@ -104,6 +104,8 @@ def train(config: Config, run_dir: Path) -> float:
         "config": asdict(config),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    logger.log_hyperparams(flatten(asdict(config)), summary["metrics"])
+    logger.save()
     show_results(summary, run_dir)
     return summary["metrics"]["val/acc"]
 
@@ -160,8 +162,22 @@ def show_patches(data: "ImageData", patch_size: int, path: Path) -> None:
     draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]], path)
 
 
-def show_start(config: Config, data: "ImageData") -> None:
-    """Say what is trained on, and where."""
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(
+            {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat
+
+
+def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier") -> None:
+    """Say what is trained, on what, and where."""
+    from lightning.pytorch.utilities.model_summary import ModelSummary
+    from rich.console import Console
+    from rich.table import Table
+
     from vit_lightning.record import hardware
 
     counts = ", ".join(
@@ -173,6 +189,18 @@ def show_start(config: Config, data: "ImageData") -> None:
     if config.trainer.accelerator != "cpu" and machine["gpu"]:
         device = machine["gpu"]
     print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {device}")
+
+    model = ModelSummary(classifier, max_depth=2)
+    table = Table(title=f"ViT, {model.total_flops / 1e6:,.1f} MFLOP an image", title_justify="left")
+    table.add_column("part")
+    table.add_column("output for one image")
+    table.add_column("parameters", justify="right")
+    for name, size, parameters in zip(model.layer_names, model.out_sizes, model.param_nums, strict=True):
+        if name.startswith("net."):
+            table.add_row(name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}")
+    table.add_section()
+    table.add_row("in all", "", f"{model.total_parameters:,}")
+    Console().print(table)
 
 
 def show_results(summary: dict[str, Any], run_dir: Path) -> None:
