@@ -17,7 +17,7 @@ def composed(*overrides: str) -> Config:
     """The configuration that a command line gives."""
     cli.register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.to_config(compose("config", list(overrides)))
+        return cli.to_config(compose("config", list(overrides)), Config)
 
 
 def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8) -> None:

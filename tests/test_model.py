@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.model import Attention, BlogBlock, ViT, mlp_head, patchify
+from vit_lightning.model import Attention, BlogBlock, Dropout, PreNormBlock, ViT, mlp_head, patchify
 
 
 def spec_config(**changes) -> ModelConfig:
@@ -124,6 +124,67 @@ def test_blog_block_follows_the_tutorials_equations():
     ffn = F.gelu(F.linear(h, block.ffn[0].weight, block.ffn[0].bias))
     ffn = F.gelu(F.linear(ffn, block.ffn[3].weight, block.ffn[3].bias))
     torch.testing.assert_close(block(x), norm(h + ffn, block.norm_2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("block", [PreNormBlock, BlogBlock])
+def test_a_block_for_the_class_token_alone_is_exact_in_value_and_gradient(block):
+    torch.manual_seed(0)
+    layer = randomise(block(small_config(dropout=0.0))).double()
+    x = torch.randn(5, 11, 22, dtype=torch.float64, requires_grad=True)
+    parameters = [x, *layer.parameters()]
+    full, short = layer(x)[:, :1], layer(x, queries=1)
+    assert short.shape == (5, 1, 22)
+    torch.testing.assert_close(short, full)
+    weights = torch.randn_like(full)
+    for one, other in zip(
+        torch.autograd.grad((full * weights).sum(), parameters),
+        torch.autograd.grad((short * weights).sum(), parameters),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_dropout_drops_its_share_keeps_the_mean_and_repeats_with_the_seed():
+    x = torch.ones(1000, 1001, 3)
+    for p in (0.1, 0.5, 0.9):
+        drop = Dropout(p)
+        torch.manual_seed(0)
+        y = drop(x)
+        torch.manual_seed(0)
+        assert torch.equal(drop(x), y)
+        assert not torch.equal(drop(x), y)
+        values = y.unique()
+        assert values.tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
+        # 3 million draws: five standard deviations of the share that is dropped.
+        assert (y == 0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
+        # Exactly unbiased: the kept share times its scale is one.
+        dropped = round(p * 2**16) / 2**16
+        assert values[1].item() * (1 - dropped) == pytest.approx(1, abs=1e-6)
+
+
+def test_dropouts_mask_values_of_one_word_are_independent():
+    torch.manual_seed(0)
+    kept = (Dropout(0.3)(torch.ones(250_000, 4)) > 0).double()
+    correlation = torch.corrcoef(torch.cat([kept, kept.roll(1, 0)], dim=1).T)
+    assert (correlation - torch.eye(8)).abs().max() < 0.01
+
+
+def test_dropouts_gradient_is_its_mask():
+    torch.manual_seed(0)
+    x = torch.randn(7, 5, requires_grad=True)
+    y = Dropout(0.4)(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, (y / x).detach())
+
+
+def test_dropout_is_off_in_evaluation_and_stock_elsewhere():
+    x = torch.randn(7, 5)
+    assert torch.equal(Dropout(0.4).eval()(x), x)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        ours = Dropout(0.4)(x.to(dtype))
+        torch.manual_seed(0)
+        assert torch.equal(ours, nn.Dropout(0.4)(x.to(dtype)))
 
 
 @pytest.mark.parametrize(("block", "dropouts"), [("prenorm", 2), ("blog", 3)])

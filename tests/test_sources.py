@@ -60,12 +60,18 @@ def test_images_of_differing_sizes_are_kept_at_the_networks_size(folder, folder_
     assert load_arrays(replace(folder_config, stored_size=16), 12).images["test"].shape[1:] == (3, 16, 16)
 
 
+def fail(*_):
+    pytest.fail("decoded again")
+
+
+def test_large_square_images_are_kept_at_the_networks_size(tmp_path):
+    write_folder(tmp_path / "images", {"ant": (2, 2), "bee": (2, 2)}, side=300)
+    config = DataConfig(source="image_folder", root=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
+    assert load_arrays(config, 24).images["train"].shape[1:] == (3, 24, 24)
+
+
 def test_a_valid_cache_is_opened_and_not_decoded_again(folder_config, monkeypatch):
     first = load_arrays(folder_config, 8)
-
-    def fail(*_):
-        pytest.fail("decoded again")
-
     monkeypatch.setattr(sources, "decode_image", fail)
     monkeypatch.setattr(sources, "write_cache", fail)
     again = load_arrays(folder_config, 8)
@@ -224,13 +230,20 @@ def test_a_mistaken_folder_is_refused(tmp_path, mistake, message):
         load_arrays(config, 8)
 
 
-def test_an_unwritable_cache_is_named(folder_config, monkeypatch):
-    def refuse(*_, **__):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    with pytest.raises(InputError, match=r"data\.cache_dir=.*cache cannot be written \(Permission denied\)"):
+def test_an_unwritable_cache_is_named(folder_config, tmp_path):
+    (tmp_path / "cache").write_text("a file where the directory should be")
+    with pytest.raises(InputError, match=r"data\.cache_dir=.*cache cannot be written \(File exists\); choose another"):
         load_arrays(folder_config, 8)
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(folder_config, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
+    with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
+        load_arrays(folder_config, 8)
+    assert list(Path(folder_config.cache_dir).iterdir()) == []
 
 
 # --- CIFAR, downloaded from a server on this machine ------------------------------------------------------------------
@@ -289,6 +302,7 @@ def test_cifar_is_downloaded_verified_and_kept(archive, cifar_config, tmp_path, 
         assert arrays.labels[split].tolist() == [index % 10 for index in range(len(pixels))]
     assert arrays.class_names == [f"class{index}" for index in range(10)]
     monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/gone")
+    monkeypatch.setattr(sources, "write_cache", fail)
     assert (tmp_path / "data" / "cifar-100-python.tar.gz").exists()
     assert torch.equal(load_arrays(cifar_config, 72).images["train"], arrays.images["train"])
 

@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import pty
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +73,7 @@ def test_a_run_leaves_its_files(digits):
 
 def test_the_terminal_tells_results_and_where_the_files_lie(digits):
     run, out = digits
-    assert "digits: 1,293 training, 144 validation, 360 test images of 10 classes; on " in out
+    assert "digits: 1,149 training, 288 validation, 360 test images of 10 classes; on " in out
     assert "epoch 3/3  train loss " in out
     for file in ("checkpoints/best.ckpt", "curves.png", "patches.png", "summary.json"):
         assert f"{run.relative_to(run.parents[2])}/{file}" in out
@@ -106,9 +109,9 @@ def test_the_summary_tells_where_its_numbers_come_from(digits):
     assert summary["config"]["model"]["channels"] == 1
     assert torch.__version__.startswith(summary["libraries"]["torch"])
     assert summary["hardware"]["cores"] >= 1
-    assert summary["images"] == {"train": 1293, "val": 144, "test": 360}
+    assert summary["images"] == {"train": 1149 // batch(run) * batch(run), "val": 288, "test": 360}
     assert summary["epochs"] == 3
-    assert summary["samples_seen"] == 3 * (1293 // batch(run)) * batch(run)
+    assert summary["samples_seen"] == 3 * summary["images"]["train"]
     net = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt").net
     assert summary["parameters"] == sum(p.numel() for p in net.parameters())
     assert summary["train/images_per_second"] > 0
@@ -145,8 +148,33 @@ def test_tensorboard_shows_the_run(digits):
     expected = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc", "acc5")}
     assert expected | {"lr-AdamW/pg1", "train/loss_step", "train/images_per_second"} <= tags
     assert "hp_metric" not in tags
+    for tag in tags:  # TensorBoard drops what lies before a point of an earlier step
+        steps = [event.step for event in events.Scalars(tag)]
+        assert steps == sorted(steps), tag
     assert len(events.Scalars("val/acc")) == 3
+    assert events.Scalars("best/val/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
+    assert yaml.safe_load((run / "hparams.yaml").read_text())["model.layers"] == 2
     assert events.Scalars("test/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
+
+
+def test_last_is_the_last_epochs_checkpoint_and_best_the_bests(digits):
+    run, _ = digits
+    epochs = {
+        name: torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)["epoch"] for name in ("best", "last")
+    }
+    assert epochs == {"best": summary_of(run)["best_epoch"] - 1, "last": 2}  # Lightning counts from zero
+
+
+def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
+    run, _ = digits
+    before = (run / "summary.json").read_text()
+    result = command("data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
+    assert result.returncode == 1
+    assert (
+        result.stderr
+        == f"error: {run.relative_to(start)} holds another run; choose a new hydra.run.dir, or leave it out\n"
+    )
+    assert (run / "summary.json").read_text() == before
 
 
 def test_pictures_are_there(digits):
@@ -172,7 +200,7 @@ def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
     run, _ = trained(*arguments, "data.batch_size=8", cwd=tmp_path)
     summary = summary_of(run)
     assert summary["config"]["model"]["num_classes"] == 2
-    assert summary["images"] == {"train": 80, "val": 14, "test": 6}
+    assert summary["images"] == {"train": 4 * 8, "val": 14, "test": 6}
     assert summary["samples_seen"] == 2 * 4 * 8
     module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert module.hparams["class_names"] == ["cat", "dog"]
@@ -192,12 +220,51 @@ def test_multirun_gives_each_job_a_directory(start):
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
     before = set(start.glob("outputs/multirun/*/*"))
-    result = command("-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2", cwd=start)
+    result = command("-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", cwd=start)
     assert result.returncode == 1
-    assert "error: model.embed_dim=64 is not divisible by model.heads=5" in result.stderr
-    assert "model.heads=5" in result.stderr.splitlines()[0]  # Hydra names the job
+    for job, heads in ((0, 5), (2, 7)):
+        [line] = [line for line in result.stderr.splitlines() if line.startswith(f"job {job} (")]
+        assert f"model.heads={heads}" in line
+        assert f"error: model.embed_dim=64 is not divisible by model.heads={heads}" in line
+    assert result.stderr.splitlines()[-1] == "error: 2 of 3 jobs failed, as said above"
     [sweep] = set(start.glob("outputs/multirun/*/*")) - before
     assert [path.parent.name for path in sweep.rglob("summary.json")] == ["1"]
+
+
+def test_a_terminal_shows_a_progress_bar_and_keeps_a_line_an_epoch(start):
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
+    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", "trainer=debug", *SMALL]
+    process = subprocess.Popen(arguments, cwd=start, stdout=theirs, stderr=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other side is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    text = shown.decode()
+    assert "it/s" in text
+    for epoch in (1, 2):
+        assert f"epoch {epoch}/2  train loss " in text
+
+
+def test_ctrl_c_says_where_the_run_lies(start):
+    before = set(start.glob("outputs/*/*"))
+    arguments = [sys.executable, "-u", "-m", "vit_lightning.train", "experiment=quickstart", *SMALL]
+    with subprocess.Popen(arguments, cwd=start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not process.stdout.readline().startswith("epoch 2/"):
+            assert process.poll() is None
+        time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    [run] = set(start.glob("outputs/*/*")) - before
+    assert process.returncode == 130
+    assert stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
+    assert (run / "checkpoints" / "last.ckpt").exists()
+    assert (run / "curves.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -206,6 +273,7 @@ def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
         (["data=digits", "model.num_classes=11"], "model.num_classes=11, but data.source=digits has 10; leave"),
         (["data=digits", "model.channels=3"], "model.channels=3, but data.source=digits has 1; leave"),
         (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
+        (["data=digits", "trainer.limit_val_batches=0.1"], "trainer.limit_val_batches=0.1 of 1 batches is none"),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
         (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
         pytest.param(

@@ -33,8 +33,7 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     """Resize, randomly rotate, flip and shift, scale to [0, 1] and normalise.
 
     What a rotation or a shift brings in from outside the image is black, as in torchvision's ``RandomRotation``;
-    sampling is bilinear. The random numbers come from torch's CPU generator whatever the device, so that a seed
-    means the same images everywhere.
+    sampling is bilinear. The random numbers come from torch's CPU generator.
 
     Args:
         images: (B, C, h, w), uint8.

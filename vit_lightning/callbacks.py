@@ -2,7 +2,6 @@
 
 import csv
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,22 @@ COLUMNS = ("epoch", "step", "seconds", "lr", *METRICS, "train/images_per_second"
 
 
 class EpochRecorder(Callback):
-    """Writes ``metrics.csv``, a row an epoch, and draws ``curves.png`` when training ends, however it ends.
+    """Prints a line and writes a row of ``metrics.csv`` each epoch; draws ``curves.png`` when training ends.
 
     Attributes:
         rows: the rows written so far; an epoch without validation has no ``val/…`` keys.
         samples_seen: training images that went through the network, repeats included.
+        images: by split (``train``, ``val``, ``test``), the images that its latest metrics were counted over.
 
     Args:
         run_dir: directory of the files.
-        print_epochs: whether to print a line for each epoch, where there is no progress bar.
     """
 
-    def __init__(self, run_dir: Path, print_epochs: bool) -> None:
+    def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.print_epochs = print_epochs
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
+        self.images = dict.fromkeys(("train", "val", "test"), 0)
 
     @property
     def images_per_second(self) -> float:
@@ -47,25 +46,55 @@ class EpochRecorder(Callback):
             csv.writer(file).writerow(COLUMNS)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._samples = 0
-        self._epoch_start = self._now(pl_module)
+        self.images["train"] = 0
+        self._epoch_start = self._now()
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already the next one's
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._samples += len(batch[1])
+        self.images["train"] += len(batch[1])
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before validation takes its time
-            self._train_seconds = self._now(pl_module) - self._epoch_start
+            self._train_seconds = self._now() - self._epoch_start
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images["val"] = 0
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.images["val"] += len(batch[1])
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self.images["test"] += len(batch[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.samples_seen += self._samples
+        self.samples_seen += self.images["train"]
         validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "seconds": time.perf_counter() - self._start,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
-            "train/images_per_second": self._samples / self._train_seconds,
+            "lr": self._lr,
+            "train/images_per_second": self.images["train"] / self._train_seconds,
         }
         for name in METRICS:
             if validated or not name.startswith("val/"):  # else a value of an earlier epoch
@@ -74,8 +103,7 @@ class EpochRecorder(Callback):
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
         pl_module.log("train/images_per_second", row["train/images_per_second"])
-        if self.print_epochs:
-            print(describe_epoch(row, trainer.max_epochs or 0), flush=True)
+        print(describe_epoch(row, trainer.max_epochs or 0), flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.rows:
@@ -85,9 +113,9 @@ class EpochRecorder(Callback):
         self.on_train_end(trainer, pl_module)
 
     @staticmethod
-    def _now(pl_module: L.LightningModule) -> float:
-        if pl_module.device.type == "cuda":
-            torch.cuda.synchronize()  # steps are queued: the clock must wait for them
+    def _now() -> float:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()  # steps are queued: the clock must wait for them
         return time.perf_counter()
 
 
@@ -104,8 +132,3 @@ def describe_epoch(row: dict[str, float], epochs: int) -> str:
     parts.append(f"{row['train/images_per_second']:,.0f} images/s")
     parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
     return "  ".join(parts)
-
-
-def is_terminal() -> bool:
-    """Whether standard output is a terminal, which can show a progress bar."""
-    return sys.stdout.isatty()

@@ -8,95 +8,122 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
-
-from vit_lightning.config import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    InputError,
-    ModelConfig,
-    OptimConfig,
-    TrainerConfig,
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+    ValidationError,
 )
 
+from vit_lightning.config import BenchmarkRun, Config, InputError
+
 CONF = Path(__file__).parent.parent / "conf"
-GROUPS: dict[str, type] = {
-    "model": ModelConfig,
-    "data": DataConfig,
-    "augment": AugmentConfig,
-    "optim": OptimConfig,
-    "trainer": TrainerConfig,
-}
+SCHEMAS: dict[str, type[Config]] = {"config": Config, "benchmark": BenchmarkRun}  # by primary file in conf/
+ConfigT = TypeVar("ConfigT", bound=Config)
 
 
-def run_command(task: Callable[[Config, Path], float]) -> None:
+def run_command(task: Callable[[ConfigT, Path], float], schema: type[ConfigT]) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run ``task`` on it, or a sweep of tasks.
 
     Args:
         task: takes the checked configuration and the run's new directory; what it returns is what a sweeper
             maximises or minimises.
+        schema: class of the configuration, one of ``SCHEMAS``, whose names are those of the primary files in ``conf/``.
     """
+    [name] = [name for name, known in SCHEMAS.items() if known is schema]
     register_schemas()
+    started = failed = 0
 
     def job(cfg: DictConfig) -> float:
+        nonlocal started, failed
+        started += 1
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
-            return task(to_config(cfg), run_dir)
-        except InputError as error:
-            with contextlib.suppress(OSError):
-                run_dir.rmdir()  # only if the mistake came before the first file
-            if hydra_config.mode is RunMode.RUN:
-                sys.exit(one_line(error))
-            raise  # in a sweep the other jobs still run; Hydra names this one's overrides at the end
+            return task(to_config(cfg, schema), run_dir)
+        except Exception as error:
+            mistake = isinstance(error, InputError | OmegaConfBaseException)
+            if mistake:
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()  # only if it came before the first file
+            if mistake and hydra_config.mode is RunMode.RUN:
+                sys.exit(one_line(error, schema))
+            if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
+                failed += 1
+                text = one_line(error, schema) if mistake else traceback.format_exc()
+                print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
+            raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing its own report
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException, InputError) as error:
-        sys.exit(one_line(error))
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if failed:
+            sys.exit(f"error: {failed} of {started} jobs failed, as said above")
+        if not started:  # the command line could not be composed, or the run's directory not made
+            sys.exit(one_line(error, schema))
+        raise
 
 
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra under the name that the files in ``conf/`` begin with."""
     store = ConfigStore.instance()
-    store.store("base_config", Config)
-    for group, schema in GROUPS.items():
-        store.store("base_config", schema, group=group)
+    for name, schema in SCHEMAS.items():
+        store.store(f"base_{name}", schema)
+    for group, section in sections(Config).items():
+        store.store("base_config", section, group=group)
 
 
-def to_config(cfg: DictConfig) -> Config:
+def sections(schema: type[Config]) -> dict[str, type]:
+    """The parts of a configuration: ``model``, ``data`` … and their schemas."""
+    return {
+        field.name: field.type for field in fields(schema) if isinstance(field.type, type) and is_dataclass(field.type)
+    }
+
+
+def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
     """The composed configuration as checked dataclasses.
 
     Raises:
         InputError: if a key is unknown (``+typo=1`` passes Hydra), a value impossible, or two do not go together.
     """
-    for section, schema in [(None, Config), *GROUPS.items()]:
-        known = [field.name for field in fields(schema)]
+    for section, part in [(None, schema), *sections(schema).items()]:
+        known = [field.name for field in fields(part)]
         for key in map(str, cfg if section is None else cfg[section]):
             if key not in known:
-                raise InputError(_unknown_key(f"{section}.{key}" if section else key))
+                raise InputError(_unknown_key(f"{section}.{key}" if section else key, schema))
     config = OmegaConf.to_object(cfg)
-    assert isinstance(config, Config)
+    assert isinstance(config, schema)
     return config
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: Exception, schema: type[Config]) -> str:
     """What went wrong, naming the key as it was typed and what would be right."""
     if isinstance(error, InputError):
         return f"error: {error}"
+    if isinstance(error, OSError) and error.filename:  # Hydra's MissingConfigException is one too, without a file
+        return f"error: {error.filename} cannot be written ({error.strerror}); choose another hydra.run.dir"
+    for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
+        if group in sections(schema) and value in ("", "null"):
+            options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+            return f"error: {group}={value} names no option; choose one of {', '.join(options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if isinstance(cause, MissingConfigException) and (match := re.search(r"'(\w+)/([^']+)'", text[0])):
@@ -104,19 +131,34 @@ def one_line(error: Exception) -> str:
         options = [option for option in cause.options or [] if option != "base_config"]
         message = f"{group}={name} is not known; choose one of {', '.join(options)}"
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        message = _unknown_key(cause.full_key)
+        message = _unknown_key(cause.full_key, schema)
     elif isinstance(cause, ValidationError):
-        value: Any = cause.value
-        message = f"{cause.full_key}={'null' if value is None else value}: {text[0]}"
+        given = "null" if cause.value is None else cause.value
+        message = f"{cause.full_key}={given}: {text[0]}"
+    elif isinstance(cause, InterpolationResolutionError):
+        message = f"{cause.full_key}: {text[0]}"
+    elif unparsed := next(filter(_cannot_be_parsed, sys.argv[1:]), None):
+        key, equals, value = unparsed.partition("=")
+        cure = f"quote the value: {key}='\"{value}\"'" if equals else f"write {key}=value"
+        message = f"{unparsed} is not a setting that can be read; {cure}"
     else:
         message = "; ".join(line for line in text if "https://" not in line and "full_key" not in line)
     return f"error: {message}"
 
 
-def _unknown_key(key: str) -> str:
-    known = {group: [field.name for field in fields(schema)] for group, schema in GROUPS.items()}
+def _cannot_be_parsed(argument: str) -> bool:
+    try:
+        if not argument.startswith("-"):
+            OverridesParser.create().parse_override(argument)
+    except HydraException:
+        return True
+    return False
+
+
+def _unknown_key(key: str, schema: type[Config]) -> str:
+    known = {group: [field.name for field in fields(part)] for group, part in sections(schema).items()}
     keys = [f"{group}.{name}" for group, names in known.items() for name in names]
-    keys += [field.name for field in fields(Config)] + ["experiment"]
+    keys += [field.name for field in fields(schema)] + ["experiment"]
     group = key.partition(".")[0]
     near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]}?" if near else ""

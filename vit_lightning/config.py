@@ -5,6 +5,7 @@ Plain dataclasses: they are built from ``conf/`` by :mod:`vit_lightning.cli`, or
 key as it is typed on the command line. Nothing here imports torch, so that a mistake is reported at once.
 """
 
+import math
 from dataclasses import dataclass, field
 
 
@@ -14,8 +15,8 @@ class InputError(ValueError):
 
 def _at_least(low: float, **values: float | None) -> None:
     for key, value in values.items():
-        if value is not None and not value >= low:
-            raise InputError(f"{_dotted(key)}={value} must be at least {low}")
+        if value is not None and not low <= value < math.inf:
+            raise InputError(f"{_dotted(key)}={value} must be at least {low}" + (" and finite" * (value == math.inf)))
 
 
 def _fraction(**values: float) -> None:
@@ -100,8 +101,8 @@ class DataConfig:
             ``test/<class>/*`` here. Relative to where the command is started, like every path.
         cache_dir: directory of the decoded images (uint8 arrays, memory-mapped on the next start).
         stored_size: side at which ``image_folder`` keeps its images, in pixels (shorter side resized, centre
-            cropped); ``None`` keeps images that all have one square size as they are, and others at
-            ``model.image_size``.
+            cropped); ``None`` keeps images that all have one square size of up to 256 pixels as they are, and
+            others at ``model.image_size``.
         split: ``blog`` (validation and test are 70 % and 30 % of the test images) or ``standard`` (validation is
             held out of the training images, class by class; test is all the test images).
         val_fraction: share of the training images held out by ``split=standard``.
@@ -235,6 +236,24 @@ class TrainerConfig:
 
 
 @dataclass(slots=True)
+class BenchmarkConfig:
+    """How long ``vit_lightning.benchmark`` measures (``benchmark.…``).
+
+    Attributes:
+        rounds: times that every contestant is measured, one after the other.
+        steps: training steps of a measurement.
+        warmup: steps before each measurement that are not counted.
+    """
+
+    rounds: int = 5
+    steps: int = 20
+    warmup: int = 3
+
+    def __post_init__(self) -> None:
+        _at_least(1, benchmark__rounds=self.rounds, benchmark__steps=self.steps, benchmark__warmup=self.warmup)
+
+
+@dataclass(slots=True)
 class Config:
     """A whole run.
 
@@ -253,3 +272,10 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
+
+
+@dataclass(slots=True)
+class BenchmarkRun(Config):
+    """A run's configuration, and how long to measure it."""
+
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

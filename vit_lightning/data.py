@@ -71,12 +71,8 @@ class ImageData(L.LightningDataModule):
         """Every test image, once, in order."""
         return self._loader("test", self.config.eval_batch_size, shuffle=False)
 
-    def on_after_batch_transfer(
-        self, batch: tuple[Tensor, Tensor] | Tensor, dataloader_idx: int
-    ) -> tuple[Tensor, Tensor] | Tensor:
+    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Transform a batch on the device it is on: randomly in training, plainly elsewhere."""
-        if isinstance(batch, Tensor):
-            return batch  # the model summary's example input, which is as the network takes it
         images, labels = batch
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         if self.trainer is not None and self.trainer.training:
@@ -92,7 +88,7 @@ class ImageData(L.LightningDataModule):
             batch_size=None,  # the sampler makes the batches
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
 

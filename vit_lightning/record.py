@@ -19,8 +19,8 @@ def provenance() -> dict[str, Any]:
     """What someone else needs to know to get the same numbers again.
 
     Returns:
-        ``command`` as typed, ``date`` (UTC, ISO 8601), ``git_commit`` (with ``+changes`` if files differed from it;
-        ``None`` outside a repository), ``libraries`` (name to version), ``hardware``.
+        ``command`` as typed, ``date`` (UTC, ISO 8601), ``git_commit`` (with ``+changes`` if the package or
+        ``conf/`` differed from it; ``None`` outside a repository), ``libraries`` (name to version), ``hardware``.
     """
     return {
         "command": command(),
@@ -39,14 +39,14 @@ def command() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+changes`` if tracked files differ from it."""
+    """The commit of the checkout that this package runs from, with ``+changes`` if the package or ``conf/`` differ."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", ".", "../conf") else "")
     except (OSError, subprocess.CalledProcessError):
         return None
 

@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+MAX_OWN_SIZE = 256  # pixels; larger images are kept at the size that the network sees, or they would fill the disk
 LARGE_FILE = 16 * 1024  # bytes; measured: 32 × 32 PNGs of 2 KB decode three times as fast in one thread as in two
 
 
@@ -67,30 +68,33 @@ def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
     Raises:
         InputError: if the source is missing, cannot be downloaded, or holds what cannot be trained on.
     """
-    root = Path(config.root)
+    root = Path(config.root).expanduser()
     if config.source == "digits":
-        fingerprint, decode = digits()
+        identify, decode = digits()
     elif config.source == "image_folder":
-        fingerprint, decode = image_folder(root, config.stored_size, image_size)
+        identify, decode = image_folder(root, config.stored_size, image_size)
     else:
-        fingerprint, decode = cifar(config.source, root)
+        identify, decode = cifar(config.source, root)
 
     key = hashlib.sha256(f"{root.resolve()} {config.stored_size}".encode()).hexdigest()[:12]
-    cache = Path(config.cache_dir) / f"{config.source}-{key}"
-    arrays = read_cache(cache, fingerprint, image_size)
+    cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
+    arrays = read_cache(cache, identify(), image_size)
     if arrays is None:
+        decoded = decode()
+        fingerprint = identify()  # after a download, which changed the files
         try:
-            write_cache(cache, fingerprint, decode())
-        except PermissionError as error:
-            raise InputError(f"data.cache_dir={config.cache_dir} cannot be written ({error.strerror})") from error
+            write_cache(cache, fingerprint, decoded)
+        except OSError as error:
+            reason = f"cannot be written ({error.strerror or error}); choose another directory"
+            raise InputError(f"data.cache_dir={config.cache_dir} {reason}") from error
         arrays = read_cache(cache, fingerprint, image_size)
         assert arrays is not None
     return arrays
 
 
-# --- sources: each returns what identifies its present content, and a function that decodes it -----------------------
+# --- sources: each returns a function that identifies its present content, and one that decodes it --------------------
 
-Source = tuple[str, Callable[[], Decoded]]
+Source = tuple[Callable[[], str], Callable[[], Decoded]]
 
 
 def cifar(name: str, root: Path) -> Source:
@@ -108,7 +112,7 @@ def cifar(name: str, root: Path) -> Source:
             raise InputError(
                 f"data={name}: {folder} holds no sound copy, and {kind.url} cannot be downloaded "
                 f"({' '.join(str(error).split())}); put that archive at {root / kind.filename}, "
-                "or train on data=digits, which needs no download"
+                "or train on data=digits, which needs no download (experiment=quickstart)"
             ) from error
         return Decoded(
             class_names=sets["train"].classes,
@@ -117,7 +121,7 @@ def cifar(name: str, root: Path) -> Source:
             images={split: data.data.transpose(0, 3, 1, 2) for split, data in sets.items()},
         )
 
-    return _fingerprint(folder / file for file in names), decode
+    return lambda: _fingerprint(root, [folder / file for file in names]), decode
 
 
 def digits() -> Source:
@@ -143,7 +147,7 @@ def digits() -> Source:
             images={"train": x_train, "test": x_test},
         )
 
-    return sklearn.__version__, decode
+    return lambda: sklearn.__version__, decode
 
 
 def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source:
@@ -166,7 +170,8 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
         if side is None:
             every = [*paths["train"], *paths["test"]]
             sizes = set(_with_bar(map(_image_size, every), "Reading image sizes", len(every)))
-            side = next(iter(sizes))[0] if len(sizes) == 1 and len(set(*sizes)) == 1 else None
+            width, height = next(iter(sizes))
+            side = width if len(sizes) == 1 and width == height <= MAX_OWN_SIZE else None
         keep = side or image_size
         return Decoded(
             class_names=class_names,
@@ -179,7 +184,7 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
             fits_any_size=side is not None,
         )
 
-    return _fingerprint(chain(*paths.values())), decode
+    return lambda: _fingerprint(root, chain(*paths.values())), decode
 
 
 def decode_image(path: Path, side: int) -> np.ndarray:
@@ -286,14 +291,12 @@ def write_cache(cache: Path, fingerprint: str, decoded: Decoded) -> None:
         for split in SPLITS:
             labels = decoded.labels[split].astype(np.int64)
             np.save(new / f"{split}_labels.npy", labels)
-            pixels = np.lib.format.open_memmap(
-                new / f"{split}_images.npy", mode="w+", dtype=np.uint8, shape=(len(labels), *decoded.shape)
-            )
-            for index, image in enumerate(decoded.images[split]):
-                pixels[index] = image
-            pixels.flush()
-            if split == "train":
-                mean, std = channel_statistics(pixels)
+            header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *decoded.shape)}
+            with (new / f"{split}_images.npy").open("wb") as file:  # not through a memory map: a full disk kills those
+                np.lib.format.write_array_header_1_0(file, header)
+                for image in decoded.images[split]:
+                    file.write(image.tobytes())
+        mean, std = channel_statistics(np.load(new / "train_images.npy", mmap_mode="r"))
         meta = {
             "fingerprint": fingerprint,
             "image_size": None if decoded.fits_any_size else decoded.shape[1],
@@ -324,10 +327,10 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a blank channel must not divide by zero
 
 
-def _fingerprint(files: Iterable[Path]) -> str:
-    """A digest of the names, sizes and modification times of files; one that is missing counts too."""
+def _fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """A digest of the names, sizes and modification times of files below ``root``; one that is missing counts too."""
     digest = hashlib.sha256()
     for file in files:
         stat = file.stat() if file.exists() else None
-        digest.update(f"{file} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+        digest.update(f"{file.relative_to(root)} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ that a mistake in it is reported at once.
 
 import json
 import logging
+import sys
 import time
 import warnings
 from dataclasses import asdict, replace
@@ -16,10 +17,10 @@ from vit_lightning.cli import run_command
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
+    import torch
+
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
-
-METRICS = tuple(f"{split}/{name}" for split in ("train", "val") for name in ("loss", "acc", "acc5"))
 
 
 def train(config: Config, run_dir: Path) -> float:
@@ -37,7 +38,7 @@ def train(config: Config, run_dir: Path) -> float:
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import EpochRecorder, is_terminal
+    from vit_lightning.callbacks import METRICS, EpochRecorder
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
     from vit_lightning.record import provenance
@@ -46,11 +47,15 @@ def train(config: Config, run_dir: Path) -> float:
     # Filling fresh memory would slow every step, and repeats nothing that the kernels do not repeat by themselves.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
+    if (run_dir / "config.yaml").exists():
+        raise InputError(f"{relative(run_dir)} holds another run; choose a new hydra.run.dir, or leave it out")
     check_accelerator(config.trainer)
+    record = provenance()
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
     data.setup()
     config = follow_data(config, data)
+    check_limits(config.trainer, data)
     classifier = ViTClassifier(
         model=asdict(config.model),
         optim=asdict(config.optim),
@@ -61,39 +66,40 @@ def train(config: Config, run_dir: Path) -> float:
     (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     show_patches(data, config.model.patch_size, run_dir / "patches.png")
 
-    bar = config.trainer.enable_progress_bar and is_terminal()
-    recorder = EpochRecorder(run_dir, print_epochs=not bar)
-    best = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints",
-        filename="best",
-        monitor="val/acc",
-        mode="max",
-        save_last=True,
-        auto_insert_metric_name=False,
-    )
-    show_start(config, data, classifier)
+    bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
+    recorder = EpochRecorder(run_dir)
+    best = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc", mode="max")
+    # Lightning's own save_last saves only when the best was saved.
+    last = ModelCheckpoint(run_dir / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
+    logger.log_hyperparams(flatten(asdict(config)))
     trainer = L.Trainer(
         **{**asdict(config.trainer), "enable_progress_bar": bar},
         devices=1,
         default_root_dir=run_dir,
         logger=logger,
-        callbacks=[recorder, best, LearningRateMonitor("step"), *([RichProgressBar()] if bar else [])],
+        callbacks=[recorder, best, last, LearningRateMonitor("step"), *([RichProgressBar()] if bar else [])],
         enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
+    show_start(config, data, classifier, trainer.strategy.root_device)
 
     start = time.perf_counter()
-    trainer.fit(classifier, data)
+    try:
+        trainer.fit(classifier, data)
+    except SystemExit:  # Lightning's answer to Ctrl-C
+        print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
+        sys.exit(130)
     seconds = time.perf_counter() - start
     [test] = trainer.test(classifier, datamodule=data, ckpt_path=best.best_model_path, verbose=False, weights_only=True)
 
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
-        **provenance(),
+        **record,
+        "device": str(trainer.strategy.root_device),
         "seed": config.seed,
         "parameters": sum(p.numel() for p in classifier.net.parameters()),
-        "images": {split: len(indices) for split, indices in data.indices.items()},
+        "images": recorder.images,  # that each split's metrics are counted over
         "epochs": len(recorder.rows),
         "best_epoch": best_row["epoch"],
         "samples_seen": recorder.samples_seen,
@@ -104,9 +110,11 @@ def train(config: Config, run_dir: Path) -> float:
         "config": asdict(config),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    logger.log_hyperparams(flatten(asdict(config)), summary["metrics"])
+    # Names of their own: the curves of val/acc and its kin have their points already.
+    final = {f"best/{key}": value for key, value in summary["metrics"].items()}
+    logger.log_hyperparams(flatten(asdict(config)), final, step=trainer.global_step)
     logger.save()
-    show_results(summary, run_dir)
+    show_results(summary, run_dir, Path(best.best_model_path))
     return summary["metrics"]["val/acc"]
 
 
@@ -131,7 +139,8 @@ def check_accelerator(trainer: TrainerConfig) -> None:
 
     there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(trainer.accelerator, True):
-        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use trainer=cpu")
+        instead = "trainer.accelerator=mps" if there["mps"] else "trainer=cpu"
+        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
     if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
         raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
 
@@ -150,6 +159,25 @@ def follow_data(config: Config, data: "ImageData") -> Config:
                 f"model.{key}={wanted}, but data.source={config.data.source} has {found}; leave model.{key} out"
             )
     return replace(config, model=replace(config.model, num_classes=classes, channels=channels))
+
+
+def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
+    """Refuse a share of the batches that comes to none.
+
+    Raises:
+        InputError: if so.
+    """
+    for split, loader in (
+        ("train", data.train_dataloader()),
+        ("val", data.val_dataloader()),
+        ("test", data.test_dataloader()),
+    ):
+        limit = getattr(trainer, f"limit_{split}_batches")
+        if isinstance(limit, float) and int(limit * len(loader)) == 0:
+            raise InputError(
+                f"trainer.limit_{split}_batches={limit} of {len(loader)} batches is none; "
+                f"trainer.limit_{split}_batches=1 would be one"
+            )
 
 
 def show_patches(data: "ImageData", patch_size: int, path: Path) -> None:
@@ -172,7 +200,7 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier") -> None:
+def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", device: "torch.device") -> None:
     """Say what is trained, on what, and where."""
     from lightning.pytorch.utilities.model_summary import ModelSummary
     from rich.console import Console
@@ -185,25 +213,25 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier") -
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
     machine = hardware()
-    device = f"{machine['cpu']}, {machine['threads']} threads"
-    if config.trainer.accelerator != "cpu" and machine["gpu"]:
-        device = machine["gpu"]
-    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {device}")
+    name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
+    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {name}")
 
-    model = ModelSummary(classifier, max_depth=2)
+    model = ModelSummary(classifier, max_depth=3)
+    sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
     table = Table(title=f"ViT, {model.total_flops / 1e6:,.1f} MFLOP an image", title_justify="left")
     table.add_column("part")
     table.add_column("output for one image")
     table.add_column("parameters", justify="right")
-    for name, size, parameters in zip(model.layer_names, model.out_sizes, model.param_nums, strict=True):
-        if name.startswith("net."):
+    for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
+        if name.count(".") == 1 and name.startswith("net."):
+            size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list of blocks has no output of its own
             table.add_row(name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}")
     table.add_section()
     table.add_row("in all", "", f"{model.total_parameters:,}")
     Console().print(table)
 
 
-def show_results(summary: dict[str, Any], run_dir: Path) -> None:
+def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> None:
     """Print the final metrics, and where the run's files lie and how to open them."""
     from rich.console import Console
     from rich.table import Table
@@ -221,12 +249,12 @@ def show_results(summary: dict[str, Any], run_dir: Path) -> None:
         f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
     )
     for name, file in (
-        ("checkpoint", "checkpoints/best.ckpt"),
-        ("curves", "curves.png"),
-        ("patches", "patches.png"),
-        ("record", "summary.json"),
+        ("checkpoint", checkpoint),
+        ("curves", run_dir / "curves.png"),
+        ("patches", run_dir / "patches.png"),
+        ("record", run_dir / "summary.json"),
     ):
-        print(f"{name:<12}{relative(run_dir / file)}")
+        print(f"{name:<12}{relative(file)}")
     print(f"{'dashboard':<12}tensorboard --logdir {relative(run_dir)}")
 
 
@@ -237,7 +265,7 @@ def relative(path: Path) -> str:
 
 def main() -> None:
     """Run the command."""
-    run_command(train)
+    run_command(train, Config)
 
 
 if __name__ == "__main__":
