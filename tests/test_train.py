@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -254,7 +255,9 @@ def test_a_terminal_shows_a_progress_bar_and_keeps_a_line_an_epoch(start):
 def test_ctrl_c_says_where_the_run_lies(start):
     before = set(start.glob("outputs/*/*"))
     arguments = [sys.executable, "-u", "-m", "vit_lightning.train", "experiment=quickstart", *SMALL]
-    with subprocess.Popen(arguments, cwd=start, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background job's shell has it ignored
+    with subprocess.Popen(arguments, cwd=start, **pipes, preexec_fn=heeded) as process:
         while not process.stdout.readline().startswith("epoch 2/"):
             assert process.poll() is None
         time.sleep(0.1)
