@@ -13,11 +13,11 @@ from vit_lightning.config import Config, DataConfig
 CONF = Path(__file__).parent.parent / "conf"
 
 
-def composed(*overrides: str) -> Config:
-    """The configuration that a command line gives."""
+def composed(*overrides: str, name: str = "config") -> Config:
+    """The configuration that a command line gives; ``name`` is the command's primary file in ``conf/``."""
     cli.register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.to_config(compose("config", list(overrides)), Config)
+        return cli.to_config(compose(name, list(overrides)), cli.SCHEMAS[name])
 
 
 def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8) -> None:

@@ -32,8 +32,8 @@ def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
 def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config: AugmentConfig) -> Tensor:
     """Resize, randomly rotate, flip and shift, scale to [0, 1] and normalise.
 
-    What a rotation or a shift brings in from outside the image is black, as in torchvision's ``RandomRotation``; sampling
-    is bilinear. The random numbers come from torch's CPU generator.
+    What a rotation or a shift brings in from outside the image is black, as in torchvision's ``RandomRotation``;
+    sampling is bilinear. The random numbers come from torch's CPU generator.
 
     Args:
         images: (B, C, h, w), uint8.

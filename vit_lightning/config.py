@@ -260,6 +260,8 @@ class Config:
     Attributes:
         seed: seed of everything random in the run except the split: one seed gives one result, bit for bit,
             on one machine.
+        compile: whether ``torch.compile`` compiles the network first, for seconds to minutes; checkpoints stay as
+            they are. Where there is no compiler, a message says so and the run goes on without.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -268,6 +270,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:

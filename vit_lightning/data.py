@@ -17,7 +17,8 @@ class ImageData(L.LightningDataModule):
     """Images of one source as batches of normalised floats.
 
     Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
-    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once.
+    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. On a GPU whose
+    free memory is at least twice as large as the images they lie there, and no batch is ever copied.
 
     Args:
         data: source, split and batches.
@@ -33,6 +34,7 @@ class ImageData(L.LightningDataModule):
         self.image_size = image_size
         self.seed = seed
         self.arrays: ImageArrays | None = None
+        self.resident: dict[str, tuple[Tensor, Tensor]] = {}
 
     def prepare_data(self) -> None:
         """Download and decode what is not there yet."""
@@ -82,14 +84,26 @@ class ImageData(L.LightningDataModule):
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
         assert self.arrays is not None, "setup() comes first"
         part = "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
+        device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        images, labels = self._on_device(part, device)
         return DataLoader(
-            ArrayDataset(self.arrays.images[part], self.arrays.labels[part]),
+            ArrayDataset(images, labels),
             sampler=BatchIndices(self.indices[split], batch_size, shuffle, self.seed),
             batch_size=None,  # the sampler makes the batches
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            pin_memory=device.type == "cuda" and images.device.type == "cpu",
         )
+
+    def _on_device(self, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The images and labels of ``train`` or ``test``, on a GPU where they fit beside a network."""
+        assert self.arrays is not None
+        images, labels = self.arrays.images[part], self.arrays.labels[part]
+        if device.type != "cuda" or self.config.workers:
+            return images, labels
+        if part not in self.resident and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            self.resident[part] = images.to(device), labels.to(device)
+        return self.resident.get(part, (images, labels))
 
 
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
@@ -137,6 +151,7 @@ class ArrayDataset(Dataset):
         self.labels = labels
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        indices = indices.to(self.images.device)
         return self.images[indices], self.labels[indices]
 
 

@@ -5,10 +5,12 @@ Colours are Okabe and Ito's, which colour-blind readers can tell apart.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.gridspec import GridSpec
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 TRAIN, VAL = "#0072B2", "#D55E00"  # blue, vermilion
@@ -74,3 +76,32 @@ def draw_patches(image: np.ndarray, patch_size: int, title: str, path: Path) -> 
         axes.imshow(picture, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         axes.set_axis_off()
     figure.savefig(path, dpi=120)
+
+
+def draw_benchmark(report: Mapping[str, Any], path: Path) -> None:
+    """Speeds as bars, median with least and greatest, and the cost of a step against each size.
+
+    Args:
+        report: ``speeds`` (group to contestant to ``median``, ``min``, ``max`` in images/s; ours comes first) and
+            ``step_seconds`` (axis to points with the axis's value and ``median`` in seconds), as in ``benchmark.json``.
+        path: the PNG file to write.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    groups, axes_of_growth = report["speeds"], report["step_seconds"]
+    rows = GridSpec(2, 1, height_ratios=[3, 2], figure=figure)
+    above, below = figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
+    for axes, (group, contestants) in zip(above.subplots(1, len(groups)), groups.items(), strict=True):
+        names = list(contestants)
+        medians = [contestants[name]["median"] for name in names]
+        spreads = [[median - contestants[name]["min"] for name, median in zip(names, medians, strict=True)]]
+        spreads += [[contestants[name]["max"] - median for name, median in zip(names, medians, strict=True)]]
+        bars = axes.barh(names, medians, xerr=spreads, color=[VAL, *[TRAIN] * (len(names) - 1)], capsize=3)
+        axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=6)
+        axes.invert_yaxis()
+        axes.margins(x=0.25)
+        axes.set(title=group, xlabel="images/s")
+    for axes, (axis, points) in zip(below.subplots(1, len(axes_of_growth)), axes_of_growth.items(), strict=True):
+        axes.plot([point[axis] for point in points], [1000 * point["median"] for point in points], "o-", color=VAL)
+        axes.set(xlabel=axis, ylabel="ms a training step", xlim=(0, None), ylim=(0, None))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

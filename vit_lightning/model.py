@@ -24,12 +24,13 @@ class Dropout(nn.Dropout):
 
     The stock mask draws one random number for each element, one after the other, a sixth of a training step on two
     cores. Here each 64-bit word from the same generator gives four mask values of 16 bits: the share dropped is ``p``
-    rounded to a multiple of 2⁻¹⁶, and what is kept is scaled by exactly what that rounding left. Other devices and
-    dtypes take the stock one.
+    rounded to a multiple of 2⁻¹⁶, and what is kept is scaled by exactly what that rounding left. Other devices
+    take the stock one, and so does a compiled network, whose random numbers are no longer drawn one after the other.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or self.p == 0 or x.device.type != "cpu" or x.dtype != torch.float32:
+        stock = x.device.type != "cpu" or torch.compiler.is_compiling()
+        if not self.training or self.p == 0 or stock:
             return super().forward(x)
         dropped = round(self.p * 2**16)  # of 2¹⁶ equally likely values
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)

@@ -4,6 +4,7 @@
 that a mistake in it is reported at once.
 """
 
+import ctypes
 import json
 import logging
 import sys
@@ -13,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import run_command
+from vit_lightning.cli import ConfigT, run_command
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
+    from vit_lightning.model import ViT
 
 
 def train(config: Config, run_dir: Path) -> float:
@@ -44,6 +46,7 @@ def train(config: Config, run_dir: Path) -> float:
     from vit_lightning.record import provenance
 
     quiet_lightning()
+    keep_freed_memory()
     # Filling fresh memory would slow every step, and repeats nothing that the kernels do not repeat by themselves.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
@@ -83,6 +86,8 @@ def train(config: Config, run_dir: Path) -> float:
         num_sanity_val_steps=0,
     )
     show_start(config, data, classifier, trainer.strategy.root_device)
+    if config.compile:
+        compile_network(classifier.net, trainer.strategy.root_device)
 
     start = time.perf_counter()
     try:
@@ -129,6 +134,19 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what a step frees for the next step.
+
+    By default it hands hundreds of megabytes back to the kernel after every step, and gets them back page by page,
+    zeroed: a sixth of a training step on two cores. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
+        mallopt(trim_threshold, -1)  # never
+
+
 def check_accelerator(trainer: TrainerConfig) -> None:
     """Refuse an accelerator that is not there, and a precision it does not have.
 
@@ -145,7 +163,20 @@ def check_accelerator(trainer: TrainerConfig) -> None:
         raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
 
 
-def follow_data(config: Config, data: "ImageData") -> Config:
+def compile_network(net: "ViT", device: "torch.device") -> None:
+    """Have ``net`` compiled in place at its first use, so that its parameters keep their names; or say why not."""
+    import torch
+
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a compiler that is missing or broken makes of it
+        [reason, *_] = str(error).strip().splitlines() or [repr(error)]
+        print(f"compile=true: torch cannot compile here ({reason}); training goes on without", file=sys.stderr)
+    else:
+        net.compile()
+
+
+def follow_data(config: ConfigT, data: "ImageData") -> ConfigT:
     """Set the number of classes and channels from the data.
 
     Raises:

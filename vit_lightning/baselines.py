@@ -1,0 +1,171 @@
+"""What the benchmark compares with: the tutorial's script, written plainly from its description, and other libraries.
+
+The tutorial's network is ``model=vit``'s with the tutorial's choices of implementation: attention by
+:class:`torch.nn.MultiheadAttention` with weights that nobody reads, every token through the last block, stock dropout;
+the images go one at a time through PIL transforms in loader workers. Axes as in :mod:`vit_lightning.model`.
+"""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.models import VisionTransformer
+from torchvision.transforms.functional import to_pil_image
+
+from vit_lightning.config import ModelConfig
+
+WORKERS = 4
+
+
+class TutorialBlock(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D = config.embed_dim
+        self.norm1 = nn.LayerNorm(D, eps=1e-6)
+        self.attn = nn.MultiheadAttention(D, config.heads, batch_first=True)
+        self.drop = nn.Dropout(config.dropout)
+        self.norm2 = nn.LayerNorm(D, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(D, config.mlp_dim), nn.GELU(), nn.Dropout(config.dropout), nn.Linear(config.mlp_dim, D)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        a = self.norm1(x)
+        a, _ = self.attn(a, a, a, need_weights=True)
+        x = x + self.drop(a)
+        return x + self.mlp(self.norm2(x))
+
+
+class TutorialViT(nn.Module):
+    """The pre-norm network, layer by layer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.channels is not None
+        D, P = config.embed_dim, config.patch_size
+        patches = (config.image_size // P) ** 2
+        self.unfold = nn.Unfold(kernel_size=P, stride=P)
+        self.patch_embed = nn.Linear(config.channels * P * P, D)
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, D))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + patches, D))
+        self.blocks = nn.Sequential(*(TutorialBlock(config) for _ in range(config.layers)))
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = stock_head(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images (B, C, S, S) to logits (B, num_classes)."""
+        x = self.patch_embed(self.unfold(images).transpose(1, 2))
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def stock_head(config: ModelConfig) -> nn.Sequential:
+    """The MLP head with :class:`torch.nn.Dropout`."""
+    assert config.num_classes is not None
+    layers: list[nn.Module] = []
+    dim = config.embed_dim
+    for width in config.mlp_head_units:
+        layers += [nn.Linear(dim, width), nn.GELU(), nn.Dropout(config.head_dropout)]
+        dim = width
+    return nn.Sequential(*layers, nn.Linear(dim, config.num_classes))
+
+
+class TutorialImages(Dataset):
+    """One image at a time: resized, rotated within ±7°, flipped half of the time, scaled to [0, 1], normalised.
+
+    Args:
+        images: uint8 of shape (number of images, C, h, w).
+        labels: int64 of shape (number of images,).
+        size: S, in pixels.
+        mean: of each channel on [0, 1].
+        std: the standard deviation of each channel, likewise.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor, size: int, mean: list[float], std: list[float]) -> None:
+        self.images = images
+        self.labels = labels
+        self.transform = transforms.Compose(
+            [
+                transforms.Resize((size, size)),
+                transforms.RandomRotation(7),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize(mean, std),
+            ]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(to_pil_image(self.images[index])), int(self.labels[index])
+
+
+def tutorial_loader(images: TutorialImages, batch_size: int, workers: int = WORKERS) -> DataLoader:
+    """Shuffled batches of normalised floats (B, C, S, S) and labels (B,), the last incomplete one dropped."""
+    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers)
+
+
+def libraries(config: ModelConfig) -> dict[str, nn.Module]:
+    """Vision Transformers of the same shape and dropout from the libraries that are installed, with the same head."""
+    C, D, S, P = config.channels, config.embed_dim, config.image_size, config.patch_size
+    assert C is not None
+    nets: dict[str, nn.Module] = {}
+    net: Any
+    if C == 3:
+        nets["torchvision"] = net = VisionTransformer(
+            S, P, config.layers, config.heads, D, config.mlp_dim, dropout=config.dropout
+        )
+        net.heads = stock_head(config)
+    if find_spec("timm"):
+        from timm.models.vision_transformer import VisionTransformer as TimmViT
+
+        nets["timm"] = net = TimmViT(
+            S,
+            P,
+            C,
+            embed_dim=D,
+            depth=config.layers,
+            num_heads=config.heads,
+            mlp_ratio=config.mlp_dim / D,
+            proj_drop_rate=config.dropout,
+        )
+        net.head = stock_head(config)
+    if find_spec("vit_pytorch"):
+        from vit_pytorch import ViT as PhilsViT
+
+        nets["vit-pytorch"] = net = PhilsViT(
+            image_size=S,
+            patch_size=P,
+            channels=C,
+            num_classes=1,
+            dim=D,
+            depth=config.layers,
+            heads=config.heads,
+            dim_head=D // config.heads,
+            mlp_dim=config.mlp_dim,
+            dropout=config.dropout,
+        )
+        net.mlp_head = stock_head(config)
+    if find_spec("transformers"):
+        from transformers import ViTConfig, ViTForImageClassification
+
+        shape = ViTConfig(
+            image_size=S,
+            patch_size=P,
+            num_channels=C,
+            hidden_size=D,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=config.mlp_dim,
+            hidden_dropout_prob=config.dropout,
+        )
+        nets["Hugging Face"] = net = ViTForImageClassification(shape)
+        net.classifier = stock_head(config)
+    return nets
