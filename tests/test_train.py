@@ -305,3 +305,20 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
     assert "put that archive at data/cifar-100-python.tar.gz" in line
     assert "data=digits, which needs no download" in line
     assert list(tmp_path.glob("outputs/*/*")) == []
+
+
+def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
+    arguments = ["experiment=quickstart", "trainer=debug", *SMALL, "model.layers=1"]
+    run, _ = trained(*arguments, "compile=true", cwd=start)
+    plain, _ = trained(*arguments, cwd=start)
+    assert weights_of(run).keys() == weights_of(plain).keys()
+    assert summary_of(run)["metrics"]["val/loss"] == pytest.approx(summary_of(plain)["metrics"]["val/loss"], rel=0.05)
+
+
+def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
+    environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    result = command("data=digits", "trainer=debug", *SMALL, "compile=true", cwd=start, env=environment)
+    assert result.returncode == 0, result.stderr
+    [line] = result.stderr.splitlines()
+    assert line.startswith("compile=true: torch cannot compile here (")
+    assert line.endswith("); training goes on without")

@@ -242,12 +242,12 @@ class BenchmarkConfig:
     Attributes:
         rounds: times that every contestant is measured, one after the other.
         steps: training steps of a measurement.
-        warmup: steps before each measurement that are not counted.
+        warmup: steps before each measurement that are not counted; more than loader workers prefetch.
     """
 
     rounds: int = 5
     steps: int = 20
-    warmup: int = 3
+    warmup: int = 10
 
     def __post_init__(self) -> None:
         _at_least(1, benchmark__rounds=self.rounds, benchmark__steps=self.steps, benchmark__warmup=self.warmup)

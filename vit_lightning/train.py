@@ -167,6 +167,7 @@ def compile_network(net: "ViT", device: "torch.device") -> None:
     """Have ``net`` compiled in place at its first use, so that its parameters keep their names; or say why not."""
     import torch
 
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CPU has no CUDA is no news
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # whatever a compiler that is missing or broken makes of it
