@@ -49,10 +49,10 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
     from vit_lightning.data import ImageData
     from vit_lightning.figures import draw_benchmark
     from vit_lightning.record import provenance
-    from vit_lightning.train import check_accelerator, follow_data, keep_freed_memory, quiet_lightning
+    from vit_lightning.train import check_accelerator, follow_data, quiet_lightning, spare_memory_work
 
     quiet_lightning()
-    keep_freed_memory()  # as in training; the others have it too
+    spare_memory_work()  # as in training; the others have it too
     check_accelerator(config.trainer)
     L.seed_everything(config.seed, verbose=False)
     record = provenance()
@@ -135,6 +135,7 @@ def training(config: BenchmarkRun, data: "ImageData", device: "torch.device") ->
 def trainer_speed(config: BenchmarkRun, data: "ImageData") -> float:
     """Images a second of ``Trainer.fit``, as in the train command: metrics, logger, schedule and all."""
     import lightning as L
+    import torch
     from lightning.pytorch.callbacks import LearningRateMonitor
     from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -164,6 +165,7 @@ def trainer_speed(config: BenchmarkRun, data: "ImageData") -> float:
         if config.compile:
             compile_network(classifier.net, trainer.strategy.root_device)
         trainer.fit(classifier, data)
+    torch.use_deterministic_algorithms(False)  # the Trainer's wish; the others get torch's defaults
     return timing.steps * config.data.batch_size / clock.seconds
 
 

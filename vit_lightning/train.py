@@ -35,7 +35,6 @@ def train(config: Config, run_dir: Path) -> float:
         InputError: if the data or the machine does not fit the configuration.
     """
     import lightning as L
-    import torch
     import yaml
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
@@ -46,9 +45,7 @@ def train(config: Config, run_dir: Path) -> float:
     from vit_lightning.record import provenance
 
     quiet_lightning()
-    keep_freed_memory()
-    # Filling fresh memory would slow every step, and repeats nothing that the kernels do not repeat by themselves.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    spare_memory_work()
 
     if (run_dir / "config.yaml").exists():
         raise InputError(f"{relative(run_dir)} holds another run; choose a new hydra.run.dir, or leave it out")
@@ -134,12 +131,16 @@ def quiet_lightning() -> None:
         warnings.filterwarnings("ignore", message=message)
 
 
-def keep_freed_memory() -> None:
-    """Have glibc keep what a step frees for the next step.
+def spare_memory_work() -> None:
+    """Spare a training step two kinds of work on memory that change no result.
 
-    By default it hands hundreds of megabytes back to the kernel after every step, and gets them back page by page,
-    zeroed: a sixth of a training step on two cores. Other C libraries are left as they are.
+    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed,
+    a sixth of a step on two cores: here it keeps them. Other C libraries are left as they are. And torch, when asked
+    for deterministic kernels, fills all fresh memory, which repeats nothing that these kernels do not repeat anyway.
     """
+    import torch
+
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
