@@ -95,13 +95,21 @@ def draw_benchmark(report: Mapping[str, Any], path: Path) -> None:
         medians = [contestants[name]["median"] for name in names]
         spreads = [[median - contestants[name]["min"] for name, median in zip(names, medians, strict=True)]]
         spreads += [[contestants[name]["max"] - median for name, median in zip(names, medians, strict=True)]]
-        bars = axes.barh(names, medians, xerr=spreads, color=[VAL, *[TRAIN] * (len(names) - 1)], capsize=3)
+        bars = axes.barh(
+            [name.replace(", ", ",\n") for name in names],
+            medians,
+            xerr=spreads,
+            color=[VAL, *[TRAIN] * (len(names) - 1)],
+            capsize=3,
+        )
         axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=6)
         axes.invert_yaxis()
-        axes.margins(x=0.25)
+        axes.margins(x=0.35)
+        axes.locator_params(axis="x", nbins=4)
         axes.set(title=group, xlabel="images/s")
     for axes, (axis, points) in zip(below.subplots(1, len(axes_of_growth)), axes_of_growth.items(), strict=True):
         axes.plot([point[axis] for point in points], [1000 * point["median"] for point in points], "o-", color=VAL)
         axes.set(xlabel=axis, ylabel="ms a training step", xlim=(0, None), ylim=(0, None))
+        axes.get_xaxis().get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
