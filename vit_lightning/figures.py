@@ -91,17 +91,12 @@ def draw_benchmark(report: Mapping[str, Any], path: Path) -> None:
     rows = GridSpec(2, 1, height_ratios=[3, 2], figure=figure)
     above, below = figure.add_subfigure(rows[0]), figure.add_subfigure(rows[1])
     for axes, (group, contestants) in zip(above.subplots(1, len(groups)), groups.items(), strict=True):
-        names = list(contestants)
-        medians = [contestants[name]["median"] for name in names]
-        spreads = [[median - contestants[name]["min"] for name, median in zip(names, medians, strict=True)]]
-        spreads += [[contestants[name]["max"] - median for name, median in zip(names, medians, strict=True)]]
-        bars = axes.barh(
-            [name.replace(", ", ",\n") for name in names],
-            medians,
-            xerr=spreads,
-            color=[VAL, *[TRAIN] * (len(names) - 1)],
-            capsize=3,
-        )
+        medians = [speed["median"] for speed in contestants.values()]
+        below_median = [speed["median"] - speed["min"] for speed in contestants.values()]
+        above_median = [speed["max"] - speed["median"] for speed in contestants.values()]
+        names = [name.replace(", ", ",\n") for name in contestants]
+        colors = [VAL, *[TRAIN] * (len(names) - 1)]
+        bars = axes.barh(names, medians, xerr=[below_median, above_median], color=colors, capsize=3)
         axes.bar_label(bars, [f"{median:,.0f}" for median in medians], padding=6)
         axes.invert_yaxis()
         axes.margins(x=0.35)
