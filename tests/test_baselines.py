@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from vit_lightning.baselines import TutorialImages, TutorialViT, libraries, tutorial_loader
+from vit_lightning.baselines import TutorialImages, TutorialViT, installed, library, tutorial_loader
 from vit_lightning.config import ModelConfig
 from vit_lightning.model import ViT
 
@@ -61,17 +61,17 @@ def test_the_tutorials_images_go_through_pil_one_at_a_time():
 
 @pytest.mark.parametrize("name", ["torchvision", "timm", "vit-pytorch", "Hugging Face"])
 def test_the_libraries_networks_are_of_the_same_shape(name):
-    module = {
-        "torchvision": "torchvision",
-        "timm": "timm",
-        "vit-pytorch": "vit_pytorch",
-        "Hugging Face": "transformers",
-    }
-    pytest.importorskip(module[name])
+    if name not in installed(channels=3):
+        pytest.skip(f"{name} is not installed")
     config = replace(CONFIG, image_size=20)
-    net = libraries(config)[name]
+    net = library(name, config)
     out = net(torch.randn(2, 3, 20, 20))
     assert getattr(out, "logits", out).shape == (2, 7)
     # vit-pytorch norms its patches and has no bias in its attention.
     assert parameters(net) == pytest.approx(parameters(ViT(config)), rel=0.001)
     assert {m.p for m in net.modules() if isinstance(m, nn.Dropout)} >= {0.1, 0.5}
+
+
+def test_torchvisions_network_sees_colour_alone():
+    assert "torchvision" in installed(channels=3)
+    assert "torchvision" not in installed(channels=1)

@@ -36,6 +36,10 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
             assert name.split()[0] in result.stdout
     assert [point["layers"] for point in report["step_seconds"]["layers"]] == [1, 2, 3, 4]
     assert [point["tokens"] for point in report["step_seconds"]["tokens"]] == [2, 5, 10, 17]
+    shares = report["step_shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert any("attention" in name for name in shares)
+    assert all(f"{share:.1%}" in result.stdout for share in shares.values())
     assert 10**8 < report["peak_memory_bytes"] < 10**10
     assert report["start_up_seconds"].keys() == {"--help", "--cfg job", "a mistake"}
     assert report["command"].startswith("python -m vit_lightning.benchmark data=digits")

@@ -112,21 +112,24 @@ def tutorial_loader(images: TutorialImages, batch_size: int, workers: int = WORK
     return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
 
-def libraries(config: ModelConfig) -> dict[str, nn.Module]:
-    """Vision Transformers of the same shape and dropout from the libraries that are installed, with the same head."""
+def installed(channels: int) -> list[str]:
+    """Names of the other libraries that are installed and have a Vision Transformer for images of so many channels."""
+    modules = {"timm": "timm", "vit-pytorch": "vit_pytorch", "Hugging Face": "transformers"}
+    return ["torchvision"] * (channels == 3) + [name for name, module in modules.items() if find_spec(module)]
+
+
+def library(name: str, config: ModelConfig) -> nn.Module:
+    """The Vision Transformer of a library, of the same shape and dropout, with the same head."""
     C, D, S, P = config.channels, config.embed_dim, config.image_size, config.patch_size
     assert C is not None
-    nets: dict[str, nn.Module] = {}
     net: Any
-    if C == 3:
-        nets["torchvision"] = net = VisionTransformer(
-            S, P, config.layers, config.heads, D, config.mlp_dim, dropout=config.dropout
-        )
+    if name == "torchvision":
+        net = VisionTransformer(S, P, config.layers, config.heads, D, config.mlp_dim, dropout=config.dropout)
         net.heads = stock_head(config)
-    if find_spec("timm"):
+    elif name == "timm":
         from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-        nets["timm"] = net = TimmViT(
+        net = TimmViT(
             S,
             P,
             C,
@@ -137,10 +140,10 @@ def libraries(config: ModelConfig) -> dict[str, nn.Module]:
             proj_drop_rate=config.dropout,
         )
         net.head = stock_head(config)
-    if find_spec("vit_pytorch"):
+    elif name == "vit-pytorch":
         from vit_pytorch import ViT as PhilsViT
 
-        nets["vit-pytorch"] = net = PhilsViT(
+        net = PhilsViT(
             image_size=S,
             patch_size=P,
             channels=C,
@@ -153,7 +156,7 @@ def libraries(config: ModelConfig) -> dict[str, nn.Module]:
             dropout=config.dropout,
         )
         net.mlp_head = stock_head(config)
-    if find_spec("transformers"):
+    elif name == "Hugging Face":
         from transformers import ViTConfig, ViTForImageClassification
 
         shape = ViTConfig(
@@ -166,6 +169,8 @@ def libraries(config: ModelConfig) -> dict[str, nn.Module]:
             intermediate_size=config.mlp_dim,
             hidden_dropout_prob=config.dropout,
         )
-        nets["Hugging Face"] = net = ViTForImageClassification(shape)
+        net = ViTForImageClassification(shape)
         net.classifier = stock_head(config)
-    return nets
+    else:
+        raise ValueError(f"{name} is not a library that is compared")
+    return net

@@ -47,7 +47,7 @@ class EpochRecorder(Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["train"] = 0
-        self._epoch_start = self._now()
+        self._epoch_start = now()
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -59,7 +59,7 @@ class EpochRecorder(Callback):
     ) -> None:
         self.images["train"] += len(batch[1])
         if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before validation takes its time
-            self._train_seconds = self._now() - self._epoch_start
+            self._train_seconds = now() - self._epoch_start
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["val"] = 0
@@ -112,12 +112,6 @@ class EpochRecorder(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
 
-    @staticmethod
-    def _now() -> float:
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()  # steps are queued: the clock must wait for them
-        return time.perf_counter()
-
 
 def describe_epoch(row: dict[str, float], epochs: int) -> str:
     """One line for a log: where training stands, how good, how fast and how long it will take."""
@@ -132,3 +126,10 @@ def describe_epoch(row: dict[str, float], epochs: int) -> str:
     parts.append(f"{row['train/images_per_second']:,.0f} images/s")
     parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
     return "  ".join(parts)
+
+
+def now() -> float:
+    """A clock in seconds that first waits for the steps that an accelerator has queued."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
