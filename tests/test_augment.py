@@ -10,7 +10,16 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from vit_lightning.augment import denormalise, eval_transform, random_affine, sampling_places, train_transform
+from vit_lightning.augment import (
+    denormalise,
+    eval_transform,
+    mix,
+    random_affine,
+    random_boxes,
+    random_crop,
+    sampling_places,
+    train_transform,
+)
 from vit_lightning.config import AugmentConfig
 
 MEAN, STD = torch.tensor([0.5071, 0.4865, 0.4409]), torch.tensor([0.2673, 0.2564, 0.2762])
@@ -104,6 +113,95 @@ def test_shift_moves_by_source_pixels():
             image, 0, [-x.item(), -y.item()], scale=1, shear=[0], interpolation=InterpolationMode.BILINEAR
         )
         torch.testing.assert_close(result[:, 2:6, 2:6], expected[:, 2:6, 2:6], rtol=0, atol=1e-4)
+
+
+def test_random_crop_is_torchvisions_with_reflected_padding():
+    images = photos(500, 9)
+    torch.manual_seed(7)
+    cropped = random_crop(images, 3)
+    torch.manual_seed(7)
+    shift = torch.randint(-3, 4, (2, 500, 1))[..., 0]
+    padded = TF.pad(images, [3], padding_mode="reflect")
+    for image, result, dy, dx in zip(padded, cropped, *shift.tolist(), strict=True):
+        assert torch.equal(result, TF.crop(image, 3 + dy, 3 + dx, 9, 9))
+    for offsets in shift:
+        assert stats.chisquare(torch.bincount(offsets + 3, minlength=7)).pvalue > 0.001
+    assert abs(np.corrcoef(shift)[0, 1]) < 0.15
+
+
+def test_crop_and_flip_take_pixels_as_they_are():
+    images = photos(64, 9)
+    result = (255 * train_transform(images, 9, *PLAIN, AugmentConfig(crop=2, rotation=0, flip=0.5))).round().byte()
+    mirrored = 0
+    for image, one in zip(images, result, strict=True):
+        inner = one[:, 2:-2, 2:-2]
+        windows = TF.pad(image, [0]).unfold(1, 5, 1).unfold(2, 5, 1).permute(1, 2, 0, 3, 4).flatten(0, 1)
+        found = (windows == inner).flatten(1).all(1).any()
+        found_mirrored = (windows.flip(-1) == inner).flatten(1).all(1).any()
+        assert found or found_mirrored
+        mirrored += int(found_mirrored)
+    assert 16 < mirrored < 48
+
+
+@pytest.mark.parametrize("policy", ["trivial", "rand"])
+def test_a_policy_treats_every_image_differently(policy):
+    images = photos(1, 16).expand(40, -1, -1, -1)
+    results = train_transform(images, 16, *PLAIN, AugmentConfig(policy=policy, rotation=0, flip=0))
+    assert len({tuple(result.flatten().tolist()) for result in results}) > 20
+
+
+def test_erasing_is_a_rectangle_of_torchvisions_sizes():
+    images = torch.full((4000, 3, 20, 20), 200, dtype=torch.uint8)
+    erased = train_transform(images, 20, MEAN, STD, AugmentConfig(rotation=0, flip=0, erase=0.25))
+    hit = (erased == 0).all(dim=1).flatten(1).any(1)
+    assert stats.binomtest(int(hit.sum()), 4000, 0.25).pvalue > 0.001
+    shares = (erased[hit] == 0).all(dim=1).float().mean(dim=(1, 2))
+    assert 0 < shares.min() < 0.03
+    assert 0.3 < shares.max() < 0.45
+
+
+def test_boxes_have_the_area_asked_where_the_image_holds_them():
+    area = torch.linspace(0.0, 0.3, 3000)
+    boxes = random_boxes(area, torch.full((3000,), 2.0), 50).float()
+    rows, columns = boxes.amax(dim=3).sum(dim=(1, 2)), boxes.amax(dim=2).sum(dim=(1, 2))
+    torch.testing.assert_close(boxes.sum(dim=(1, 2, 3)), rows * columns)  # full rectangles
+    whole = rows >= rows.mul(0) + (area * 2).sqrt() * 50 - 1.001
+    whole &= columns >= (area / 2).sqrt() * 50 - 1.001
+    assert whole.float().mean() > 0.3
+    torch.testing.assert_close(boxes.mean(dim=(1, 2, 3))[whole], area[whole], rtol=0, atol=0.04)
+    assert not boxes[0].any()
+
+
+def test_mixup_blends_neighbours_by_shares_of_their_own():
+    images, labels = torch.randn(403, 3, 6, 6), torch.arange(403) % 7
+    mixed, targets = mix(images, labels, 7, AugmentConfig(mixup=0.8))
+    neighbour = images.roll(1, 0)
+    share = ((mixed - images) / (neighbour - images)).median(dim=1).values.median(dim=1).values.median(dim=1).values
+    torch.testing.assert_close(mixed, torch.lerp(images, neighbour, share.view(-1, 1, 1, 1)), rtol=1e-3, atol=1e-3)
+    assert stats.kstest(share.double().numpy(), stats.beta(0.8, 0.8).cdf).pvalue > 0.001
+    torch.testing.assert_close(targets.sum(1), torch.ones(403))
+    torch.testing.assert_close(targets[torch.arange(403), labels.roll(1, 0)], share, rtol=1e-3, atol=1e-3)
+
+
+def test_cutmix_pastes_boxes_and_counts_what_is_pasted():
+    images, labels = torch.randn(403, 3, 16, 16), torch.arange(403) % 7
+    mixed, targets = mix(images, labels, 7, AugmentConfig(cutmix=1.0))
+    pasted = (mixed != images).all(dim=1)
+    assert torch.equal(torch.where(pasted[:, None], images.roll(1, 0), images), mixed)
+    share = pasted.float().mean(dim=(1, 2))
+    torch.testing.assert_close(targets[torch.arange(403), labels.roll(1, 0)], share)
+    torch.testing.assert_close(targets[torch.arange(403), labels], 1 - share)
+    assert len(share.unique()) > 50
+
+
+def test_both_share_the_batch_and_some_images_stay_as_they_are():
+    images, labels = torch.randn(4000, 1, 8, 8), torch.arange(4000) % 3
+    mixed, targets = mix(images, labels, 3, AugmentConfig(mixup=1.0, cutmix=1.0, mix_prob=0.6))
+    changed = (mixed != images).flatten(1).float().mean(1)
+    still = int((targets.amax(dim=1) == 1).sum())
+    blended = int((changed == 1).sum())
+    assert stats.binomtest(blended, 4000, 0.3).pvalue > 1e-4
+    assert 0.38 * 4000 < still < 0.5 * 4000  # of the boxes some are empty
 
 
 def test_every_image_has_parameters_of_its_own_distributed_as_asked():

@@ -7,7 +7,19 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.model import Attention, BlogBlock, Dropout, PreNormBlock, ViT, mlp_head, patchify
+from vit_lightning.model import (
+    Attention,
+    AttentionPool,
+    BlogBlock,
+    ConvStem,
+    Dropout,
+    PreNormBlock,
+    ViT,
+    mlp_head,
+    patchify,
+    rotary_angles,
+    rotate,
+)
 
 
 def spec_config(**changes) -> ModelConfig:
@@ -45,6 +57,21 @@ def test_attention_equals_torch():
     copy_attention(ours, theirs)
     x = torch.randn(5, 11, 22)
     torch.testing.assert_close(ours(x), theirs(x, x, x, need_weights=True)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_attention_in_bfloat16_equals_torch():
+    """On a CPU this precision has a path of its own."""
+    torch.manual_seed(0)
+    ours, theirs = randomise(Attention(22, 2)), nn.MultiheadAttention(22, 2, batch_first=True)
+    copy_attention(ours, theirs)
+    x = torch.randn(5, 11, 22, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = ours(x)
+    assert half.dtype == torch.bfloat16
+    full = theirs(x, x, x)[0]
+    torch.testing.assert_close(half.float(), full, rtol=0.05, atol=0.05)
+    [half_grad], [full_grad] = (torch.autograd.grad(out.float().square().sum(), x) for out in (half, full))
+    assert F.cosine_similarity(half_grad.flatten(), full_grad.flatten(), dim=0) > 0.99
 
 
 def test_attention_starts_like_torch():
@@ -144,6 +171,127 @@ def test_a_block_for_the_class_token_alone_is_exact_in_value_and_gradient(block)
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("pool", ["cls", "mean", "attention"])
+@pytest.mark.parametrize("position", ["learned", "rotary"])
+@pytest.mark.parametrize("registers", [0, 3])
+def test_the_last_block_leaves_out_only_what_nobody_reads(pool, position, registers):
+    """The same network, written with every token through every block."""
+    torch.manual_seed(0)
+    config = small_config(
+        pool=pool, position=position, registers=registers, embed_dim=24, dropout=0.0, head_dropout=0.0, layer_scale=0.5
+    )
+    net = randomise(ViT(config)).double()
+    net.rotation = None if net.rotation is None else net.rotation.double()
+    images = torch.randn(5, 3, 15, 15, dtype=torch.float64)
+    x = net.patch_embed(images)
+    if pool == "cls":
+        x = torch.cat([net.cls_token.expand(5, -1, -1), x], dim=1)
+    if position == "learned":
+        x = x + net.pos_embed
+    if registers:
+        x = torch.cat([x, net.registers.expand(5, -1, -1)], dim=1)
+    assert x.shape[1] == 9 + (pool == "cls") + registers
+    for block in net.blocks:
+        x = block(x, rotation=net.rotation)
+    x = net.norm(x)
+    if pool == "cls":
+        x = x[:, 0]
+    elif pool == "mean":
+        x = x[:, :9].mean(dim=1)
+    else:
+        x = torch.einsum("bn,bnd->bd", net.attention_pool.score(x[:, :9]).squeeze(-1).softmax(-1), x[:, :9])
+    torch.testing.assert_close(net(images), net.head(x))
+
+
+def test_a_mean_of_tokens_has_no_class_token():
+    assert not [name for name in ViT(small_config(pool="mean")).state_dict() if "cls" in name]
+    assert ViT(small_config(pool="mean")).pos_embed.shape == (1, 9, 22)
+
+
+def test_attention_pool_is_a_mean_at_first_and_picks_what_scores():
+    torch.manual_seed(0)
+    pool, x = AttentionPool(6), torch.randn(5, 11, 6)
+    nn.init.zeros_(pool.score.weight)
+    torch.testing.assert_close(pool(x), x.mean(dim=1))
+    nn.init.constant_(pool.score.weight, 1000.0)
+    torch.testing.assert_close(pool(x), x[torch.arange(5), x.sum(-1).argmax(1)])
+
+
+def test_conv_stem_follows_its_stages():
+    torch.manual_seed(0)
+    stem = randomise(ConvStem(3, 8, 20)).eval()
+    assert [stage[0].out_channels for stage in stem] == [5, 10, 20]
+    images = torch.randn(2, 3, 32, 32)
+    x = images
+    for conv, _, norm, _ in stem:
+        x = F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)
+        x = F.gelu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    assert x.shape == (2, 20, 4, 4)
+    tokens = stem(images)
+    torch.testing.assert_close(tokens, torch.einsum("bdyx->byxd", x).reshape(2, 16, 20), rtol=1e-4, atol=1e-4)
+
+
+def test_rotary_turns_pairs_of_channels_by_the_place_of_the_patch():
+    """Against complex numbers, as the paper writes it."""
+    torch.manual_seed(0)
+    side, K = 3, 8
+    x = torch.randn(2, 4, 1 + side**2 + 2, K)
+    rotated = rotate(x, rotary_angles(side, K, first=1, last=2))
+    torch.testing.assert_close(rotated[:, :, 0], x[:, :, 0])  # class token
+    torch.testing.assert_close(rotated[:, :, -2:], x[:, :, -2:])  # registers
+    for token in range(side**2):
+        row, column = divmod(token, side)
+        for pair, angle in enumerate([column, column / 10, row, row / 10]):  # 100 ** (-1 / 2) is a tenth
+            before = torch.complex(x[..., 1 + token, pair], x[..., 1 + token, pair + K // 2])
+            after = torch.complex(rotated[..., 1 + token, pair], rotated[..., 1 + token, pair + K // 2])
+            torch.testing.assert_close(after, before * torch.exp(torch.tensor(1j * angle)))
+
+
+def test_rotary_attention_sees_only_how_far_patches_are_apart():
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 8)
+    rotation = rotary_angles(5, 8, first=0, last=0)
+    scores = rotate(q.expand(1, 1, 25, 8), rotation) @ rotate(k.expand(1, 1, 25, 8), rotation).transpose(-1, -2)
+    scores = scores.view(5, 5, 5, 5)
+    torch.testing.assert_close(scores[0, 0, 1, 2], scores[3, 2, 4, 4])
+    torch.testing.assert_close(scores[4, 1, 2, 3], scores[2, 0, 0, 2])
+
+
+def test_zero_init_makes_every_block_the_identity_at_first():
+    torch.manual_seed(0)
+    net = ViT(small_config(zero_init=True))
+    x = torch.randn(5, 10, 22)
+    for block in net.blocks:
+        assert torch.equal(block(x), x)
+
+
+def test_layer_scale_scales_the_branches():
+    torch.manual_seed(0)
+    scaled = randomise(PreNormBlock(small_config(layer_scale=0.25, dropout=0.0)))
+    plain = PreNormBlock(small_config(dropout=0.0))
+    plain.load_state_dict(scaled.state_dict(), strict=False)
+    with torch.no_grad():
+        for scale, last in ((scaled.scale1, plain.attn.proj), (scaled.scale2, plain.mlp[-1])):
+            last.weight.mul_(scale.gamma[:, None])
+            last.bias.mul_(scale.gamma)
+    x = torch.randn(5, 11, 22)
+    torch.testing.assert_close(scaled(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert ViT(small_config(layer_scale=0.25)).blocks[0].scale1.gamma.tolist() == [0.25] * 22
+
+
+def test_drop_path_leaves_out_branches_of_single_images_more_often_with_depth():
+    torch.manual_seed(0)
+    net = ViT(small_config(drop_path=0.5, dropout=0.0))
+    x = torch.randn(2000, 2, 22)
+    shares = []
+    for block in net.blocks:
+        untouched = (block(x) == x).all(dim=2)  # both branches left out
+        assert torch.equal(untouched[:, 0], untouched[:, 1])  # of an image, for all of its tokens
+        shares.append(untouched[:, 0].float().mean().item())
+    assert shares == pytest.approx([0, 0.25**2, 0.5**2], abs=0.04)
+    assert torch.equal(net.eval().blocks[-1](x), net.blocks[-1](x))
+
+
 def test_dropout_drops_its_share_keeps_the_mean_and_repeats_with_the_seed():
     x = torch.ones(1000, 1001, 3)
     for p in (0.1, 0.5, 0.9):
@@ -238,11 +386,20 @@ def test_head_without_units_is_linear():
     assert [type(layer) for layer in mlp_head(22, [], 7, 0.5)] == [nn.Linear]
 
 
-@pytest.mark.parametrize("block", ["prenorm", "blog"])
-def test_every_parameter_learns(block):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"block": "prenorm"},
+        {"block": "blog"},
+        {"patch_embed": "conv", "patch_size": 4, "image_size": 16, "pool": "attention", "registers": 2},
+        {"position": "rotary", "embed_dim": 24, "pool": "mean", "layer_scale": 0.1},
+    ],
+)
+def test_every_parameter_learns(changes):
     torch.manual_seed(0)
-    net = ViT(small_config(block=block))
-    F.cross_entropy(net(torch.randn(5, 3, 15, 15)), torch.arange(5)).backward()
+    net = ViT(small_config(**changes))
+    side = net.image_size
+    F.cross_entropy(net(torch.randn(5, 3, side, side)), torch.arange(5)).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 

@@ -1,12 +1,15 @@
 """Parameter groups, AdamW and schedules, against torch.optim."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.model import ViT
-from vit_lightning.optim import build_optimizer, build_schedule
+from vit_lightning.optim import build_optimizer, build_schedule, ema_update
 
 SMALL = ModelConfig(image_size=6, patch_size=3, channels=1, num_classes=5, embed_dim=8, layers=2, mlp_head_units=[7])
 
@@ -42,6 +45,92 @@ def test_steps_are_those_of_plain_adamw():
     torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-5, atol=1e-6)
 
 
+def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return nn.functional.cross_entropy(net(torch.randn(4, 1, 6, 6, generator=generator)), torch.arange(4))
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+    """Against two optimizers of torch's, each stepping by itself."""
+    config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, weight_decay=0.1)
+    nets = []
+    for joined in (True, False):
+        torch.manual_seed(0)
+        net = ViT(SMALL)
+        linear = [m for m in net.blocks.modules() if isinstance(m, nn.Linear)]
+        assert len(linear) == 2 * 4
+        matrices = {m.weight for m in linear}
+        decay = [net.patch_embed.weight, *(m.weight for m in net.head if isinstance(m, nn.Linear))]
+        rest = [p for p in net.parameters() if p not in matrices and not any(p is one for one in decay)]
+        groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        apart = [
+            torch.optim.AdamW(groups, lr=0.01, fused=True),
+            torch.optim.Muon([m.weight for m in linear], lr=0.05, weight_decay=0.1),
+        ]
+        optimizers = [build_optimizer(net, config)] if joined else apart
+        net.eval()  # without dropout
+        for step in range(5):
+            net.zero_grad()
+            batch_loss(net, step).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        nets.append(net)
+    for (name, one), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, msg=name)
+
+
+def test_joined_optimizers_resume_exactly_and_follow_a_schedule():
+    config = OptimConfig(name="muon", schedule="linear", lr=0.01, muon_lr=0.05)
+
+    def steps(net, optimizer, schedule, numbers):
+        for step in numbers:
+            optimizer.zero_grad()
+            loss = batch_loss(net, step)
+            assert optimizer.step(lambda loss=loss: (loss.backward(), loss)[1]) is loss
+            schedule.step()
+
+    torch.manual_seed(0)
+    net = ViT(SMALL).eval()
+    optimizer = build_optimizer(net, config)
+    schedule = build_schedule(optimizer, config, 10)
+    steps(net, optimizer, schedule, range(5))
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.005, 0.005, 0.025])
+
+    resumed = ViT(SMALL).eval()
+    resumed.load_state_dict(net.state_dict())
+    other = build_optimizer(resumed, config)
+    other_schedule = build_schedule(other, config, 10)
+    other.load_state_dict(deepcopy(optimizer.state_dict()))
+    other_schedule.load_state_dict(schedule.state_dict())
+    steps(net, optimizer, schedule, range(5, 10))
+    steps(resumed, other, other_schedule, range(5, 10))
+    for one, two in zip(net.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(one, two)
+    assert [group["lr"] for group in other.param_groups] == pytest.approx([0, 0, 0])
+
+
+def test_the_average_is_torchs_once_its_decay_has_warmed_up():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    ours, theirs = (
+        AveragedModel(net, use_buffers=True, multi_avg_fn=fn) for fn in (ema_update(0.5), get_ema_multi_avg_fn(0.5))
+    )
+    for step in range(30):
+        net(torch.randn(4, 3) + step)
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter += torch.randn_like(parameter)
+        ours.update_parameters(net)
+        theirs.update_parameters(net)
+        if step == 1:  # one value before: 2 / 11 of it remain
+            average = ours.module[0].weight.clone()
+        if step == 2:
+            torch.testing.assert_close(ours.module[0].weight, average * 3 / 12 + net[0].weight * 9 / 12)
+    torch.testing.assert_close(ours.module[0].weight, theirs.module[0].weight, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.module[1].running_mean, theirs.module[1].running_mean, rtol=1e-3, atol=1e-3)
+    assert ours.module[1].num_batches_tracked == 30
+
+
 def rates(config: OptimConfig, steps: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=config.lr)
     schedule = build_schedule(optimizer, config, steps)
@@ -66,6 +155,17 @@ def test_cosine_is_torchs():
         optimizer.step()
         torchs.step()
     assert rates(OptimConfig(lr=0.5, schedule="cosine"), 20) == pytest.approx(expected)
+
+
+def test_linear_is_torchs():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    torchs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        torchs.step()
+    assert rates(OptimConfig(lr=0.5, schedule="linear"), 20) == pytest.approx(expected)
 
 
 def test_warmup_rises_linearly_to_the_peak():

@@ -19,8 +19,10 @@ from conftest import composed, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vit_lightning.augment import eval_transform
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
+from vit_lightning.data import ImageData
 from vit_lightning.train import train
 
 SMALL = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
@@ -322,3 +324,95 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
     [line] = result.stderr.splitlines()
     assert line.startswith("compile=true: torch cannot compile here (")
     assert line.endswith("); training goes on without")
+
+
+RECIPE = ["optim=muon", "augment=crop", "augment.mixup=0.2", "model.pool=mean", "model.zero_init=true"]
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
+    """Killed between two epochs; also with two optimizers, an average of the weights and mixed images."""
+    arguments = ["data=digits", *SMALL, *RECIPE, "trainer.max_epochs=4", "data.batch_size=256"]
+    whole, _ = trained(*arguments, "hydra.run.dir=outputs/resume/whole", cwd=start)
+    run = start / "outputs/resume/killed"
+    killed = [sys.executable, "-m", "vit_lightning.train", *arguments, f"hydra.run.dir={run}"]
+    with subprocess.Popen(killed, cwd=start, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/4"):  # its checkpoint may be written or not
+                process.kill()
+    assert not (run / "summary.json").exists()
+    result = command(f"resume={run}", cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    for one, other in zip(weights_of(whole).values(), weights_of(run).values(), strict=True):
+        assert torch.equal(one, other)
+    rows, expected = (list(csv.DictReader((path / "metrics.csv").open())) for path in (run, whole))
+    timed = ("seconds", "train/images_per_second")
+    assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
+        {k: v for k, v in row.items() if k not in timed} for row in expected
+    ]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    ours, theirs = summary_of(run), summary_of(whole)
+    for key in ("metrics", "samples_seen", "images", "best_epoch", "config"):
+        assert ours[key] == theirs[key]
+
+
+def test_what_cannot_be_resumed_is_said(digits, start):
+    run, _ = digits
+    for arguments, message in (
+        ([f"resume={run}"], "came to its end"),
+        (["resume=nowhere"], "resume=nowhere holds no checkpoints/last.ckpt"),
+        ([f"resume={run}", "optim.lr=1"], "leave other settings out"),
+    ):
+        result = command(*arguments, cwd=start)
+        assert result.returncode == 1
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_the_average_of_the_weights_is_what_is_validated_tested_and_kept(start, tmp_path):
+    """A decay so slow that the average stays near the start, while the weights themselves learn."""
+    config = composed("data=digits", *SMALL, "trainer.max_epochs=2", "optim.lr=1e-2", "optim.ema=0.99")
+    config.data.cache_dir = str(start / "data" / "cache")
+    train(config, tmp_path)
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    average, raw = saved["state_dict"], saved["current_model_state"]
+    assert not torch.equal(average["net.head.0.weight"], raw["net.head.0.weight"])
+
+    data = ImageData(config.data, config.augment, config.model.image_size)
+    data.setup()
+    classifier = ViTClassifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").eval()
+    correct = total = 0
+    with torch.no_grad():
+        for images, labels in data.val_dataloader():
+            logits = classifier(eval_transform(images, 8, data.mean, data.std))
+            correct += int((logits.argmax(1) == labels).sum())
+            total += len(labels)
+    with (tmp_path / "metrics.csv").open() as file:
+        assert float(list(csv.DictReader(file))[-1]["val/acc"]) == pytest.approx(correct / total)
+
+
+def test_training_stops_at_its_target_and_the_summary_says_when_each_mark_was_passed(start):
+    run, _ = trained("experiment=quickstart", *SMALL, "target_acc=0.4", "target_acc5=0.8", cwd=start)
+    summary = summary_of(run)
+    with (run / "metrics.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    reached = [row["val/acc"] >= 0.4 and row["val/acc5"] >= 0.8 for row in rows]
+    assert reached == [False] * (len(rows) - 1) + [True]
+    marks = summary["seconds_to_val_acc"]
+    assert list(marks)[:2] == ["5%", "10%"]
+    assert marks["40%"] <= rows[-1]["seconds"] == summary["seconds"]
+    assert list(marks.values()) == sorted(marks.values())
+
+
+def test_training_stops_in_time_and_is_still_validated_tested_and_kept(start):
+    run, result = trained(
+        "experiment=quickstart", *SMALL, "trainer.max_epochs=100000", "trainer.max_time=00:00:00:02", cwd=start
+    )
+    summary = summary_of(run)
+    assert 2 <= summary["seconds"] < 60
+    with (run / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == summary["epochs"] < 100000
+    assert all(row["val/acc"] for row in rows)
+    assert "test" in result.stdout

@@ -1,6 +1,7 @@
 """Transforms of whole batches of uint8 images, on the device they are on, with parameters of their own for every image.
 
 Resize, rotation, flip and shift are one affine sampling of the small source images; normalisation is folded into it.
+What is off costs nothing.
 Axes: B batch, C channels, h and w the source's height and width, S the network's image size.
 """
 
@@ -9,6 +10,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms import v2
 
 from vit_lightning.config import AugmentConfig
 
@@ -30,7 +32,7 @@ def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
 
 
 def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config: AugmentConfig) -> Tensor:
-    """Resize, randomly rotate, flip and shift, scale to [0, 1] and normalise.
+    """Crop, change by a policy, resize, randomly rotate, flip and shift, scale to [0, 1], normalise and erase.
 
     What a rotation or a shift brings in from outside the image is black, as in torchvision's ``RandomRotation``;
     sampling is bilinear. The random numbers come from torch's CPU generator.
@@ -46,16 +48,101 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         (B, C, S, S), float32.
     """
     h, w = images.shape[-2:]
-    theta = random_affine(len(images), config).to(images.device)
+    if config.crop:
+        images = random_crop(images, config.crop)
+    if config.policy != "none":
+        policy = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[config.policy]()
+        images = torch.stack([policy(image) for image in images])  # called once for all, it would treat all alike
     # Only divided here, so that black is still zero, which is what the outside becomes; the mean is taken off last.
     x = images / (255 * _per_channel(std))
     if h > size or w > size:  # sampling cannot average over the source pixels that a target pixel covers
         x = _resize(x, size)
-    places = sampling_places(theta, size)  # (B, 2, S, S)
-    inside = places.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
-    grid = places.permute(0, 2, 3, 1)  # (B, S, S, 2)
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return x.mul_(inside).sub_(_per_channel(mean / std))
+    if config.rotation or config.shift or x.shape[-2:] != (size, size):
+        theta = random_affine(len(images), config).to(images.device)
+        places = sampling_places(theta, size)  # (B, 2, S, S)
+        inside = places.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
+        grid = places.permute(0, 2, 3, 1)  # (B, S, S, 2)
+        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False).mul_(inside)
+    elif config.flip:
+        mirror = (torch.rand(len(images)) < config.flip).to(images.device)
+        x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
+    x.sub_(_per_channel(mean / std))
+    if config.erase:
+        # Area and shape as in Zhong et al., 2020 (https://arxiv.org/abs/1708.04896, section 3), filled with the mean.
+        erased = torch.rand(len(images)) < config.erase
+        area = torch.empty(len(images)).uniform_(0.02, 0.4) * erased
+        ratio = torch.empty(len(images)).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
+        x.mul_(~random_boxes(area, ratio, size).to(x.device))
+    return x
+
+
+def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> tuple[Tensor, Tensor]:
+    """Mix each image with another of the batch: MixUp and CutMix, each image with a share and a box of its own.
+
+    MixUp: Zhang et al., 2018, https://arxiv.org/abs/1710.09412, section 2. CutMix: Yun et al., 2019,
+    https://arxiv.org/abs/1905.04899, section 3.1.
+
+    Args:
+        images: (B, C, S, S), float.
+        labels: (B,), int64.
+        classes: number of classes.
+        config: ``mixup``, ``cutmix`` and ``mix_prob``.
+
+    Returns:
+        Images, and probabilities of the classes (B, classes).
+    """
+    B, device = len(labels), images.device
+    cut = torch.full((B,), config.cutmix > 0)
+    if config.cutmix and config.mixup:
+        cut = torch.rand(B) < 0.5
+    share = torch.where(cut, _beta(config.cutmix, B), _beta(config.mixup, B))  # of the other image
+    share = share * (torch.rand(B) < config.mix_prob)
+    box = random_boxes(share * cut, torch.ones(B), images.shape[-1])
+    share = torch.where(cut, box.float().mean(dim=(1, 2, 3)), share).to(device)  # of a box, what of it lies inside
+    weight = torch.where(cut.to(device).view(-1, 1, 1, 1), box.to(device).float(), share.view(-1, 1, 1, 1))
+    targets = F.one_hot(labels, classes).float()
+    # The batch is in random order already: an image's neighbour is a random other one.
+    return torch.lerp(images, images.roll(1, dims=0), weight), torch.lerp(
+        targets, targets.roll(1, dims=0), share.view(-1, 1)
+    )
+
+
+def random_crop(images: Tensor, padding: int) -> Tensor:
+    """Shift every image by up to ``padding`` whole pixels along each axis; the border is reflected.
+
+    Args:
+        images: (B, C, h, w).
+        padding: in pixels, less than h and w.
+
+    Returns:
+        (B, C, h, w): what torchvision's ``RandomCrop`` makes of each with reflected padding.
+    """
+    B, _, h, w = images.shape
+    shift = torch.randint(-padding, padding + 1, (2, B, 1))
+    rows, columns = (
+        (length - 1 - (length - 1 - (torch.arange(length) + by).abs()).abs()).to(images.device)
+        for length, by in zip((h, w), shift, strict=True)
+    )  # (B, h) and (B, w)
+    image = torch.arange(B, device=images.device).view(-1, 1, 1)
+    return images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
+    """Rectangles at random places, cut off where they leave the image.
+
+    Args:
+        area: (B,), share of the image.
+        ratio: (B,), height divided by width.
+        size: S, side of the image in pixels.
+
+    Returns:
+        (B, 1, S, S), bool, true inside.
+    """
+    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]) * size / 2  # (2, B): of height and width
+    centre = torch.rand(2, len(area)) * size
+    pixel = torch.arange(size) + 0.5
+    rows, columns = ((pixel - centre[..., None]).abs() < half[..., None]).unbind()  # (B, S) each
+    return (rows[:, :, None] & columns[:, None, :]).unsqueeze(1)
 
 
 def random_affine(batch: int, config: AugmentConfig) -> Tensor:
@@ -101,6 +188,10 @@ def _resize(images: Tensor, size: int) -> Tensor:
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def _beta(a: float, batch: int) -> Tensor:
+    return torch.distributions.Beta(a, a).sample((batch,)) if a else torch.zeros(batch)
 
 
 def _per_channel(values: Tensor) -> Tensor:

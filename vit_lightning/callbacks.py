@@ -10,6 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from vit_lightning.data import epoch_seed
 from vit_lightning.figures import draw_curves
 
 METRICS = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
@@ -40,13 +41,26 @@ class EpochRecorder(Callback):
         rates = [row["train/images_per_second"] for row in self.rows]
         return statistics.median(rates[1:] or rates)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"rows": self.rows, "samples_seen": self.samples_seen, "images": self.images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.rows = state_dict["rows"]
+        self.samples_seen = state_dict["samples_seen"]
+        self.images = state_dict["images"]
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.perf_counter()
+        self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
         with (self.run_dir / "metrics.csv").open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self.rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["train"] = 0
+        self._validated = False
         self._epoch_start = now()
 
     def on_train_batch_start(
@@ -58,11 +72,14 @@ class EpochRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images["train"] += len(batch[1])
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:  # before validation takes its time
+        if (
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+        ):  # before validation takes its time
             self._train_seconds = now() - self._epoch_start
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["val"] = 0
+        self._validated = True
 
     def on_validation_batch_end(
         self,
@@ -88,7 +105,6 @@ class EpochRecorder(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.samples_seen += self.images["train"]
-        validated = (trainer.current_epoch + 1) % (trainer.check_val_every_n_epoch or 1) == 0
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
@@ -97,7 +113,7 @@ class EpochRecorder(Callback):
             "train/images_per_second": self.images["train"] / self._train_seconds,
         }
         for name in METRICS:
-            if validated or not name.startswith("val/"):  # else a value of an earlier epoch
+            if self._validated or not name.startswith("val/"):  # else a value of an earlier epoch
                 row[name] = trainer.callback_metrics[name].item()
         self.rows.append(row)
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
@@ -111,6 +127,38 @@ class EpochRecorder(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
+
+
+class SeedEpochs(Callback):
+    """Seeds the random numbers of each epoch anew, so that a run resumed between two epochs repeats the uninterrupted.
+
+    Args:
+        seed: of the run.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        torch.manual_seed(epoch_seed(self.seed, trainer.current_epoch, "training"))
+
+
+class StopAtTarget(Callback):
+    """Ends training once validation has reached an accuracy.
+
+    Args:
+        acc: ``val/acc`` to reach, in [0, 1].
+        acc5: ``val/acc5`` to reach at the same time.
+    """
+
+    def __init__(self, acc: float, acc5: float) -> None:
+        self.acc = acc
+        self.acc5 = acc5
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        if metrics["val/acc"] >= self.acc and metrics["val/acc5"] >= self.acc5:
+            trainer.should_stop = True
 
 
 def describe_epoch(row: dict[str, float], epochs: int) -> str:

@@ -73,7 +73,10 @@ class ViTClassifier(L.LightningModule):
     def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
         images, labels = batch
         logits = self(images)
-        loss = F.cross_entropy(logits, labels)
+        smoothing = self.hparams["optim"]["label_smoothing"] if stage == "train" else 0.0
+        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if labels.ndim == 2:  # probabilities, of mixed images: the greater part counts
+            labels = labels.argmax(dim=1)
         metrics = {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith(stage)}
         metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))  # a mean over samples, not over batches
         metrics[f"{stage}/acc"].update(logits, labels)

@@ -6,6 +6,7 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 """
 
 import math
+import re
 from dataclasses import dataclass, field
 
 
@@ -23,6 +24,12 @@ def _fraction(**values: float) -> None:
     for key, value in values.items():
         if not 0 <= value < 1:
             raise InputError(f"{_dotted(key)}={value} must be at least 0 and less than 1")
+
+
+def _probability(**values: float | None) -> None:
+    for key, value in values.items():
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"{_dotted(key)}={value} is a probability: it must lie between 0 and 1")
 
 
 def _one_of(*choices: str, **values: str) -> None:
@@ -43,7 +50,11 @@ class ModelConfig:
     Attributes:
         block: ``prenorm`` or ``blog`` (the tutorial's own block; see :mod:`vit_lightning.model`).
         image_size: side of the square images the network sees, in pixels.
-        patch_size: side of a patch, in pixels; divides ``image_size``.
+        patch_embed: ``unfold`` (a linear map of each patch) or ``conv`` (a convolutional stem).
+        patch_size: side of a patch, in pixels; divides ``image_size``; for ``conv`` a power of two.
+        position: ``learned`` (a vector for each token) or ``rotary`` (queries and keys turned by their place).
+        pool: what the head reads: ``cls`` (a class token), ``mean`` or ``attention`` (a learned mean) of the patches.
+        registers: learned tokens that only the blocks use.
         channels: channels of an image; ``None`` follows the data.
         num_classes: number of classes; ``None`` follows the data.
         embed_dim: width of a token; a multiple of ``heads``.
@@ -51,13 +62,20 @@ class ModelConfig:
         heads: attention heads of a block.
         mlp_dim: hidden width of a block's feed-forward.
         dropout: dropout probability inside the blocks.
+        drop_path: probability that an image leaves out a residual branch of the last block; linear in depth from 0.
+        layer_scale: initial factor of the residual branches' learned scales; ``None`` for no scales.
+        zero_init: whether the residual branches begin at zero.
         mlp_head_units: hidden widths of the classification head; empty for a linear head.
         head_dropout: dropout probability inside the head.
     """
 
     block: str = "prenorm"
     image_size: int = 72
+    patch_embed: str = "unfold"
     patch_size: int = 6
+    position: str = "learned"
+    pool: str = "cls"
+    registers: int = 0
     channels: int | None = None
     num_classes: int | None = None
     embed_dim: int = 64
@@ -65,16 +83,23 @@ class ModelConfig:
     heads: int = 4
     mlp_dim: int = 128
     dropout: float = 0.1
+    drop_path: float = 0.0
+    layer_scale: float | None = None
+    zero_init: bool = False
     mlp_head_units: list[int] = field(default_factory=lambda: [2048, 1024])
     head_dropout: float = 0.5
 
     def __post_init__(self) -> None:
         _one_of("prenorm", "blog", model__block=self.block)
+        _one_of("unfold", "conv", model__patch_embed=self.patch_embed)
+        _one_of("learned", "rotary", model__position=self.position)
+        _one_of("cls", "mean", "attention", model__pool=self.pool)
+        _at_least(0, model__registers=self.registers, model__layer_scale=self.layer_scale)
         _at_least(1, model__image_size=self.image_size, model__patch_size=self.patch_size)
         _at_least(1, model__channels=self.channels, model__num_classes=self.num_classes)
         _at_least(1, model__embed_dim=self.embed_dim, model__layers=self.layers, model__heads=self.heads)
         _at_least(1, model__mlp_dim=self.mlp_dim)
-        _fraction(model__dropout=self.dropout, model__head_dropout=self.head_dropout)
+        _fraction(model__dropout=self.dropout, model__drop_path=self.drop_path, model__head_dropout=self.head_dropout)
         for units in self.mlp_head_units:
             _at_least(1, model__mlp_head_units=units)
         if self.embed_dim % self.heads:
@@ -82,6 +107,21 @@ class ModelConfig:
                 f"model.embed_dim={self.embed_dim} is not divisible by model.heads={self.heads}; "
                 f"model.embed_dim={-(-self.embed_dim // self.heads) * self.heads} would be"
             )
+        if self.position == "rotary" and self.embed_dim // self.heads % 4:
+            raise InputError(
+                f"model.position=rotary needs heads of a width that 4 divides, and model.embed_dim={self.embed_dim} / "
+                f"model.heads={self.heads} is {self.embed_dim // self.heads}"
+            )
+        if self.block == "blog" and (self.drop_path or self.layer_scale is not None or self.zero_init):
+            raise InputError("model.drop_path, layer_scale and zero_init belong to model.block=prenorm; leave them out")
+        if self.patch_embed == "conv":
+            stages = self.patch_size.bit_length() - 1
+            if self.patch_size < 2 or self.patch_size != 2**stages or self.embed_dim % 2 ** (stages - 1):
+                raise InputError(
+                    f"model.patch_embed=conv halves the image and doubles the width stage by stage: "
+                    f"model.patch_size={self.patch_size} must be a power of two from 2, and half of it must divide "
+                    f"model.embed_dim={self.embed_dim}"
+                )
         if self.image_size % self.patch_size:
             divisors = [n for n in range(1, self.image_size + 1) if self.image_size % n == 0]
             nearest = sorted(sorted(divisors, key=lambda n: abs(n - self.patch_size))[:2])
@@ -140,47 +180,70 @@ class AugmentConfig:
     """Random transforms of the training images (``augment.…``), drawn for each image of a batch.
 
     Attributes:
+        crop: largest shift either way along each axis, in whole pixels of the source; reflected at the border.
+        policy: ``none``, ``trivial`` (TrivialAugment) or ``rand`` (RandAugment): random changes of colour and shape.
         rotation: largest angle of a rotation either way, in degrees; uniform.
         flip: probability of a horizontal flip.
-        shift: largest shift either way along each axis, as a fraction of the image's side; uniform.
+        shift: largest shift either way along each axis, as a fraction of the image's side; uniform; black outside.
+        erase: probability that a random rectangle of an image is erased.
+        mixup: a and b of the Beta distribution that MixUp's share of an image is drawn from; 0 for no MixUp.
+        cutmix: the same for CutMix. With both, each image draws one of them.
+        mix_prob: probability that an image is mixed, where ``mixup`` or ``cutmix`` is set.
     """
 
+    crop: int = 0
+    policy: str = "none"
     rotation: float = 7.0
     flip: float = 0.5
     shift: float = 0.0
+    erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
 
     def __post_init__(self) -> None:
+        _one_of("none", "trivial", "rand", augment__policy=self.policy)
         if not 0 <= self.rotation <= 180:
             raise InputError(f"augment.rotation={self.rotation} must lie between 0 and 180 degrees")
-        if not 0 <= self.flip <= 1:
-            raise InputError(f"augment.flip={self.flip} is a probability: it must lie between 0 and 1")
+        _probability(augment__flip=self.flip, augment__erase=self.erase, augment__mix_prob=self.mix_prob)
+        _at_least(0, augment__crop=self.crop, augment__mixup=self.mixup, augment__cutmix=self.cutmix)
         _fraction(augment__shift=self.shift)
 
 
 @dataclass(slots=True)
 class OptimConfig:
-    """AdamW and its learning-rate schedule (``optim.…``).
+    """The loss, the optimizer, its schedule and the average of the weights (``optim.…``).
 
     Attributes:
-        lr: peak learning rate.
+        name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
+        lr: AdamW's peak learning rate.
+        muon_lr: Muon's, before its scaling by a matrix's shape.
         weight_decay: decoupled weight decay.
         betas: AdamW's two averaging coefficients.
         decay_all: whether norms, biases, the class token and the position embedding decay too.
-        schedule: ``constant``, or ``cosine`` down to zero at the last step.
+        schedule: ``constant``, or ``cosine`` or ``linear`` down to zero at the last step.
         warmup: share of the run's steps over which the learning rate first rises linearly from zero.
+        label_smoothing: share of a label that is spread over all classes, in training.
+        ema: decay of an exponential moving average of the weights, which is then what is validated, tested and kept;
+            it warms up over the first steps. 0 for none.
     """
 
+    name: str = "adamw"
     lr: float = 1e-3
+    muon_lr: float = 0.02
     weight_decay: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     decay_all: bool = False
     schedule: str = "constant"
     warmup: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        _one_of("constant", "cosine", optim__schedule=self.schedule)
-        _at_least(0, optim__lr=self.lr, optim__weight_decay=self.weight_decay)
-        _fraction(optim__warmup=self.warmup)
+        _one_of("adamw", "muon", optim__name=self.name)
+        _one_of("constant", "cosine", "linear", optim__schedule=self.schedule)
+        _at_least(0, optim__lr=self.lr, optim__muon_lr=self.muon_lr, optim__weight_decay=self.weight_decay)
+        _fraction(optim__warmup=self.warmup, optim__label_smoothing=self.label_smoothing, optim__ema=self.ema)
         if len(self.betas) != 2:
             raise InputError(f"optim.betas={self.betas} must be two numbers, as in optim.betas=[0.9,0.999]")
         for beta in self.betas:
@@ -195,6 +258,8 @@ class TrainerConfig:
         accelerator: ``auto`` (whatever is there), ``cpu``, ``gpu`` or ``mps``.
         precision: ``32-true``, ``16-mixed`` (GPU) or ``bf16-mixed`` (GPU and CPU).
         max_epochs: passes over the training images.
+        max_time: longest time to train, as ``DD:HH:MM:SS``; ``None`` for no limit.
+        gradient_clip_val: largest norm of all gradients together; ``None`` for no clipping.
         limit_train_batches: batches of an epoch: a number (int) or a share (float) of them.
         limit_val_batches: the same for validation.
         limit_test_batches: the same for the test.
@@ -207,6 +272,8 @@ class TrainerConfig:
     accelerator: str = "auto"
     precision: str = "32-true"
     max_epochs: int = 100
+    max_time: str | None = None
+    gradient_clip_val: float | None = None
     limit_train_batches: int | float = 1.0
     limit_val_batches: int | float = 1.0
     limit_test_batches: int | float = 1.0
@@ -219,6 +286,11 @@ class TrainerConfig:
         _one_of("auto", "cpu", "gpu", "mps", trainer__accelerator=self.accelerator)
         _one_of("32-true", "16-mixed", "bf16-mixed", trainer__precision=self.precision)
         _at_least(1, trainer__max_epochs=self.max_epochs)
+        _at_least(0, trainer__gradient_clip_val=self.gradient_clip_val)
+        if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
+            raise InputError(
+                f"trainer.max_time={self.max_time} must be written as days:hours:minutes:seconds, 00:01:00:00"
+            )
         _at_least(1, trainer__check_val_every_n_epoch=self.check_val_every_n_epoch)
         _at_least(1, trainer__log_every_n_steps=self.log_every_n_steps)
         if self.check_val_every_n_epoch > self.max_epochs:
@@ -260,6 +332,10 @@ class Config:
     Attributes:
         seed: seed of everything random in the run except the split: one seed gives one result, bit for bit,
             on one machine.
+        target_acc: training stops when ``val/acc`` has reached this and ``val/acc5`` reached ``target_acc5``, both in
+            [0, 1]; ``None`` for no target.
+        target_acc5: likewise.
+        resume: directory of a run that was interrupted, to go on with it, with its configuration, after its last epoch.
         compile: whether ``torch.compile`` compiles the network first, for seconds to minutes; checkpoints stay as
             they are. Where there is no compiler, a message says so and the run goes on without.
     """
@@ -270,9 +346,13 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     seed: int = 0
+    target_acc: float | None = None
+    target_acc5: float | None = None
+    resume: str | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
+        _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vit_lightning.augment import eval_transform, train_transform
+from vit_lightning.augment import eval_transform, mix, train_transform
 from vit_lightning.config import AugmentConfig, DataConfig, InputError
 from vit_lightning.sources import ImageArrays, load_arrays
 
@@ -74,11 +74,17 @@ class ImageData(L.LightningDataModule):
         return self._loader("test", self.config.eval_batch_size, shuffle=False)
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Transform a batch on the device it is on: randomly in training, plainly elsewhere."""
+        """Transform a batch on the device it is on: randomly in training, plainly elsewhere.
+
+        Where images are mixed, the labels become probabilities (B, classes).
+        """
         images, labels = batch
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         if self.trainer is not None and self.trainer.training:
-            return train_transform(images, self.image_size, mean, std, self.augment), labels
+            images = train_transform(images, self.image_size, mean, std, self.augment)
+            if self.augment.mixup or self.augment.cutmix:
+                return mix(images, labels, len(self.class_names), self.augment)
+            return images, labels
         return eval_transform(images, self.image_size, mean, std), labels
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
@@ -183,7 +189,11 @@ class BatchIndices(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         order = self.indices
         if self.shuffle:
-            entropy = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64)[0]
-            generator = torch.Generator().manual_seed(int(entropy) >> 1)
+            generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, "order"))
             order = order[torch.randperm(len(order), generator=generator)]
         yield from order.split(self.batch_size)[: len(self)]
+
+
+def epoch_seed(seed: int, epoch: int, use: str) -> int:
+    """A seed for one use in one epoch of a run, which has nothing in common with those of others."""
+    return int(np.random.SeedSequence([seed, epoch, *use.encode()]).generate_state(1, np.uint64)[0]) >> 1

@@ -4,15 +4,18 @@ After "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, https://arxiv.o
 with the constants of the Keras example "Image classification with Vision Transformer" and its PyTorch adaptations.
 
 Axes:
-    B  batch              N  tokens (patches, with the class token in front)
+    B  batch              N  tokens (class token, patches, registers)
     C  image channels     D  width of a token (``embed_dim``)
     S  image size         H  heads
     P  patch size         K  width of a head (D / H)
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import StochasticDepth
 
 from vit_lightning.config import ModelConfig
 
@@ -53,8 +56,11 @@ class Attention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.proj.bias)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
-        """Attention to all tokens of x (B, N, D), for the first ``queries`` of them, Q: (B, Q, D)."""
+    def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
+        """Attention to all tokens of x (B, N, D), for the first ``queries`` of them, Q: (B, Q, D).
+
+        ``rotation`` (2, N, K), from :func:`rotary_angles`, turns queries and keys by their positions.
+        """
         B, N, D = x.shape
         heads = (self.heads, D // self.heads)
         if queries is None:
@@ -65,28 +71,86 @@ class Attention(nn.Module):
             q = F.linear(x[:, :queries], weight[:D], bias[:D]).view(B, queries, *heads).transpose(1, 2)  # (B, H, Q, K)
             kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, *heads)  # (B, N, 2, H, K)
             k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
-        x = F.scaled_dot_product_attention(q, k, v)  # (B, H, Q, K)
+        if rotation is not None:
+            q, k = rotate(q, rotation[:, : q.shape[2]]), rotate(k, rotation)
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose fused gradient is several times as slow
+            weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, H, Q, N)
+            x = weights.to(v.dtype) @ v
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, H, Q, K)
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
-class PreNormBlock(nn.Module):
-    """``x + drop(attn(norm1(x)))``, then ``x + mlp(norm2(x))``; one norm follows the last block."""
+def rotary_angles(side: int, head_dim: int, first: int, last: int) -> Tensor:
+    """Cosines and sines that turn queries and keys by where their patch lies: axial rotary position embedding.
 
-    def __init__(self, config: ModelConfig) -> None:
+    After Su et al., 2021 (https://arxiv.org/abs/2104.09864, section 3.2.2), along both axes of an image as in Heo et
+    al., 2024 (https://arxiv.org/abs/2403.13298, section 3.1, with its base of 100): half of a head's pairs of channels
+    turn with x, half with y.
+
+    Args:
+        side: patches along an image's side.
+        head_dim: K, a multiple of 4.
+        first: tokens before the patches, which are not turned.
+        last: tokens after them, likewise.
+
+    Returns:
+        (2, N, K).
+    """
+    frequencies = 100 ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (K / 4,)
+    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = torch.cat([places.reshape(-1, 1) * frequencies for places in (x, y)], dim=1)  # (side², K / 2)
+    angles = F.pad(angles, (0, 0, first, last)).repeat(1, 2)  # (N, K): the second half pairs with the first
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (i, i + K / 2) of x (B, H, N, K) by the angles of ``rotation`` (2, N, K)."""
+    cos, sin = rotation.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-b, a], dim=-1) * sin
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch (Touvron et al., 2021, https://arxiv.org/abs/2103.17239)."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, D) to (…, D)."""
+        return x * self.gamma
+
+
+class PreNormBlock(nn.Module):
+    """``x + drop(attn(norm1(x)))``, then ``x + mlp(norm2(x))``; one norm follows the last block.
+
+    Each residual branch may be scaled (:class:`LayerScale`), begin at zero (``config.zero_init``) and be left out for
+    a random part of the images (``drop_path``; Huang et al., 2016, https://arxiv.org/abs/1603.09382).
+    """
+
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         D = config.embed_dim
         self.norm1 = nn.LayerNorm(D, eps=NORM_EPS)
         self.attn = Attention(D, config.heads)
         self.drop = Dropout(config.dropout)
         self.norm2 = nn.LayerNorm(D, eps=NORM_EPS)
-        self.mlp = nn.Sequential(
-            nn.Linear(D, config.mlp_dim), nn.GELU(), Dropout(config.dropout), nn.Linear(config.mlp_dim, D)
-        )
+        out = nn.Linear(config.mlp_dim, D)
+        self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), Dropout(config.dropout), out)
+        scale = config.layer_scale
+        self.scale1, self.scale2 = (nn.Identity() if scale is None else LayerScale(D, scale) for _ in range(2))
+        self.drop_path = StochasticDepth(drop_path, "row")
+        if config.zero_init:
+            for parameter in (self.attn.proj.weight, out.weight, out.bias):
+                nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, N, D) to (B, N, D), or to the first ``queries`` tokens of that, at their cost alone."""
-        x = x[:, :queries] + self.drop(self.attn(self.norm1(x), queries))
-        return x + self.mlp(self.norm2(x))
+        a = self.drop(self.attn(self.norm1(x), queries, rotation))
+        x = x[:, :queries] + self.drop_path(self.scale1(a))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
 class BlogBlock(nn.Module):
@@ -95,7 +159,7 @@ class BlogBlock(nn.Module):
     Its feed-forward has GELU and dropout after the second linear layer too, and no norm follows the last block.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         D = config.embed_dim
         self.norm_in = nn.LayerNorm(D, eps=NORM_EPS)
@@ -108,9 +172,9 @@ class BlogBlock(nn.Module):
         )
         self.norm_2 = nn.LayerNorm(D, eps=NORM_EPS)
 
-    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+    def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, N, D) to (B, N, D), or to the first ``queries`` tokens of that, at their cost alone."""
-        h = self.norm_1(x[:, :queries] + self.drop(self.attn(self.norm_in(x), queries)))
+        h = self.norm_1(x[:, :queries] + self.drop(self.attn(self.norm_in(x), queries, rotation)))
         return self.norm_2(h + self.ffn(h))
 
 
@@ -136,8 +200,63 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
 
 
+class PatchEmbed(nn.Linear):
+    """A linear map of each patch's pixels (Dosovitskiy et al., 2021, equation 1)."""
+
+    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
+        super().__init__(channels * patch_size**2, dim)
+        self.patch_size = patch_size
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) to (B, (S / P)², D)."""
+        return super().forward(patchify(images, self.patch_size))
+
+
+class ConvStem(nn.Sequential):
+    """Halves the image with a 3 × 3 convolution, max-pooling, batch norm and GELU until a pixel is a token.
+
+    After Hassani et al., 2021 (https://arxiv.org/abs/2104.05704, section 3.3), with a norm; pooling comes before it,
+    at a quarter of the cost. The width doubles from stage to stage, up to D.
+    """
+
+    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
+        stages = patch_size.bit_length() - 1
+        widths = [channels, *(dim >> stage for stage in reversed(range(stages)))]
+        super().__init__(
+            *(
+                nn.Sequential(
+                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    nn.MaxPool2d(2),
+                    nn.BatchNorm2d(after),
+                    nn.GELU(),
+                )
+                for before, after in itertools.pairwise(widths)
+            )
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, S, S) to (B, (S / P)², D)."""
+        images = images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
+        return super().forward(images).flatten(2).transpose(1, 2)
+
+
+class AttentionPool(nn.Module):
+    """A mean over tokens by learned weights: sequence pooling (Hassani et al., 2021, section 3.2)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.score = nn.Linear(dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, D)."""
+        return (self.score(x).softmax(dim=1).transpose(1, 2) @ x).squeeze(1)
+
+
 class ViT(nn.Module):
-    """Vision Transformer classifier: patches, class token, position embedding, blocks, MLP head on the class token.
+    """Vision Transformer classifier: patches, position embedding, blocks, pooling, MLP head.
+
+    By default the head reads a class token in front of the patches; ``config.pool`` may have it read their mean, or
+    their weighted mean, instead. Register tokens (Darcet et al., 2024, https://arxiv.org/abs/2309.16588) follow them.
 
     Departs from the tutorial where that is defective: one class token for all images, so that a prediction does not
     depend on the batch, and tokens and positions initialised by a truncated normal of deviation 0.02.
@@ -152,24 +271,49 @@ class ViT(nn.Module):
             raise ValueError("a ViT needs its num_classes and channels")
         self.image_size = config.image_size
         self.channels = config.channels
-        self.patch_size = config.patch_size
+        self.pool = config.pool
         D = config.embed_dim
-        patches = (config.image_size // config.patch_size) ** 2
-        self.patch_embed = nn.Linear(config.channels * config.patch_size**2, D)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, D))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + patches, D))
-        nn.init.trunc_normal_(self.cls_token, std=0.02)
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        side = config.image_size // config.patch_size
+        embed = {"unfold": PatchEmbed, "conv": ConvStem}[config.patch_embed]
+        self.patch_embed = embed(config.channels, config.patch_size, D)
+        first = int(config.pool == "cls")  # tokens before the patches
+        self.cls_token = _tokens(first, D)
+        self.registers = _tokens(config.registers, D)
+        self.pos_embed = _tokens(first + side**2 if config.position == "learned" else 0, D)
+        angles = None
+        if config.position == "rotary":
+            angles = rotary_angles(side, D // config.heads, first, config.registers)
+        self.register_buffer("rotation", angles, persistent=False)
         block = {"prenorm": PreNormBlock, "blog": BlogBlock}[config.block]
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.layers))
+        rates = torch.linspace(0, config.drop_path, config.layers).tolist()  # rises with depth
+        self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
+        self.read = 1 if first else side**2  # tokens that the head reads, which alone the last block works out
         self.norm = nn.LayerNorm(D, eps=NORM_EPS) if config.block == "prenorm" else nn.Identity()
+        self.attention_pool = AttentionPool(D) if config.pool == "attention" else None
         self.head = mlp_head(D, config.mlp_head_units, config.num_classes, config.head_dropout)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images (B, C, S, S) to logits (B, num_classes)."""
-        x = self.patch_embed(patchify(images, self.patch_size))  # (B, N - 1, D)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed  # (B, N, D)
+        x = self.patch_embed(images)  # (B, patches, D)
+        if self.cls_token is not None:
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        if self.pos_embed is not None:
+            x = x + self.pos_embed
+        if self.registers is not None:
+            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (B, N, D)
         for block in self.blocks[:-1]:
-            x = block(x)  # (B, N, D)
-        x = self.blocks[-1](x, queries=1)  # (B, 1, D): the head reads the class token alone
-        return self.head(self.norm(x).squeeze(1))
+            x = block(x, rotation=self.rotation)  # (B, N, D)
+        queries = self.read if self.read < x.shape[1] else None
+        x = self.norm(self.blocks[-1](x, queries, self.rotation))  # (B, self.read, D)
+        if self.pool == "cls":
+            x = x.squeeze(1)
+        elif self.attention_pool is not None:
+            x = self.attention_pool(x)
+        else:
+            x = x.mean(dim=1)
+        return self.head(x)  # from (B, D)
+
+
+def _tokens(number: int, dim: int) -> nn.Parameter | None:
+    """Learned vectors (1, number, D)."""
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, dim), std=0.02)) if number else None

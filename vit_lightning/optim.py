@@ -1,33 +1,78 @@
-"""Parameter groups, the optimizer and its learning-rate schedule."""
+"""Parameter groups, optimizers, their learning-rate schedule, and the average of the weights."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vit_lightning.config import OptimConfig
 
 
-def build_optimizer(net: nn.Module, config: OptimConfig) -> AdamW:
-    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101) in PyTorch's fused form.
+def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101) in PyTorch's fused form, or Muon with it.
 
-    Unless ``config.decay_all``, only the matrices of linear layers decay: norms, biases, the class token and the
-    position embedding do not.
+    Unless ``config.decay_all``, only the matrices of linear layers and convolutions decay: norms, biases, tokens and
+    position embedding do not. With ``config.name=muon`` the matrices of the blocks belong to Muon
+    (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
     """
-    matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear)}
-    decay = [p for p in net.parameters() if config.decay_all or id(p) in matrices]
+    matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    muon = {
+        id(m.weight)
+        for name, m in net.named_modules()
+        if config.name == "muon" and name.startswith("blocks.") and isinstance(m, nn.Linear)
+    }
+    decay = [p for p in net.parameters() if (config.decay_all or id(p) in matrices) and id(p) not in muon]
     rest = [p for p in net.parameters() if not (config.decay_all or id(p) in matrices)]
     groups = [
         {"params": params, "weight_decay": weight_decay}
         for params, weight_decay in ((decay, config.weight_decay), (rest, 0.0))
         if params
     ]
-    return AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    adamw = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    if not muon:
+        return adamw
+    blocks = [p for p in net.parameters() if id(p) in muon]
+    return Joined(adamw, Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
+
+
+class Joined(Optimizer):
+    """Several optimizers that step together and look like one, as Lightning and schedulers want it.
+
+    Args:
+        parts: optimizers of disjoint parameters; their groups are shared, so that a schedule reaches them.
+    """
+
+    def __init__(self, *parts: Optimizer) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Let each take its step; ``closure`` computes loss and gradients once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of all, in their order."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
 def build_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
-    """The learning rate by step: a linear warm-up, then constant, or a cosine down to zero after the last step.
+    """The learning rate by step: a linear warm-up, then constant, or a cosine or line down to zero after the last step.
 
     Args:
         optimizer: its learning rates are scaled.
@@ -41,6 +86,25 @@ def build_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> Lam
             return (step + 1) / warmup
         if config.schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+        done = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, factor)
+
+
+def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """An exponential moving average for :class:`torch.optim.swa_utils.AveragedModel`'s ``multi_avg_fn``.
+
+    Its decay warms up as ``(1 + n) / (10 + n)`` after n steps, so that the first, poor weights are soon forgotten.
+    """
+
+    @torch.no_grad()
+    def update(averages: list[Tensor], values: list[Tensor], step: Tensor | int) -> None:
+        n = int(step)
+        weight = 1 - min(decay, (1 + n) / (10 + n))
+        if averages[0].is_floating_point():
+            torch._foreach_lerp_(averages, values, weight)
+        else:  # counts, as of batches in a batch norm
+            torch._foreach_copy_(averages, values)
+
+    return update

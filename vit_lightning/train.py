@@ -8,13 +8,12 @@ import ctypes
 import json
 import logging
 import sys
-import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import ConfigT, run_command
+from vit_lightning.cli import ConfigT, run_command, sections
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
@@ -35,19 +34,26 @@ def train(config: Config, run_dir: Path) -> float:
         InputError: if the data or the machine does not fit the configuration.
     """
     import lightning as L
+    import torch
     import yaml
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder
+    from vit_lightning.callbacks import METRICS, EpochRecorder, SeedEpochs, StopAtTarget
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
+    from vit_lightning.optim import ema_update
     from vit_lightning.record import provenance
 
     quiet_lightning()
     spare_memory_work()
 
-    if (run_dir / "config.yaml").exists():
+    checkpoint = None
+    if config.resume is not None:
+        checkpoint, config = interrupted_run(config)
+        run_dir.rmdir()
+        run_dir = checkpoint.parent.parent
+    elif (run_dir / "config.yaml").exists():
         raise InputError(f"{relative(run_dir)} holds another run; choose a new hydra.run.dir, or leave it out")
     check_accelerator(config.trainer)
     record = provenance()
@@ -71,6 +77,13 @@ def train(config: Config, run_dir: Path) -> float:
     best = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc", mode="max")
     # Lightning's own save_last saves only when the best was saved.
     last = ModelCheckpoint(run_dir / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    callbacks: list[L.Callback] = [SeedEpochs(config.seed), recorder, best, last, LearningRateMonitor("step")]
+    if config.optim.ema:
+        callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
+    if config.target_acc or config.target_acc5:
+        callbacks.append(StopAtTarget(config.target_acc or 0.0, config.target_acc5 or 0.0))
+    if bar:
+        callbacks.append(RichProgressBar())
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(flatten(asdict(config)))
     trainer = L.Trainer(
@@ -78,7 +91,7 @@ def train(config: Config, run_dir: Path) -> float:
         devices=1,
         default_root_dir=run_dir,
         logger=logger,
-        callbacks=[recorder, best, last, LearningRateMonitor("step"), *([RichProgressBar()] if bar else [])],
+        callbacks=callbacks,
         enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
@@ -86,14 +99,14 @@ def train(config: Config, run_dir: Path) -> float:
     if config.compile:
         compile_network(classifier.net, trainer.strategy.root_device)
 
-    start = time.perf_counter()
     try:
-        trainer.fit(classifier, data)
+        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
         sys.exit(130)
-    seconds = time.perf_counter() - start
-    [test] = trainer.test(classifier, datamodule=data, ckpt_path=best.best_model_path, verbose=False, weights_only=True)
+    # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
+    classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+    [test] = trainer.test(classifier, datamodule=data, verbose=False)
 
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
@@ -105,7 +118,8 @@ def train(config: Config, run_dir: Path) -> float:
         "epochs": len(recorder.rows),
         "best_epoch": best_row["epoch"],
         "samples_seen": recorder.samples_seen,
-        "seconds": seconds,
+        "seconds": recorder.rows[-1]["seconds"],
+        "seconds_to_val_acc": seconds_to_marks(recorder.rows),
         "train/images_per_second": recorder.images_per_second,
         # Of one network, the best checkpoint's: training as counted during its epoch, with dropout and augmentation.
         "metrics": {**{key: best_row[key] for key in METRICS if key in best_row}, **test},
@@ -126,6 +140,7 @@ def quiet_lightning() -> None:
     for message in (
         ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
         ".*smaller than the logging interval",  # the curves go on across epochs
+        ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)
@@ -221,6 +236,35 @@ def show_patches(data: "ImageData", patch_size: int, path: Path) -> None:
     images, labels = next(iter(data.val_dataloader()))
     image = denormalise(eval_transform(images[:1], data.image_size, data.mean, data.std), data.mean, data.std)
     draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]], path)
+
+
+def interrupted_run(config: Config) -> tuple[Path, Config]:
+    """The last checkpoint of the run in ``config.resume``, and that run's own configuration.
+
+    Raises:
+        InputError: if there is none, or the run is over, or ``config`` has other settings.
+    """
+    import yaml
+
+    assert config.resume is not None
+    if replace(config, resume=None) != Config():
+        raise InputError("resume=… goes on with the run's own configuration; leave other settings out")
+    folder = Path(config.resume).expanduser()
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    if not checkpoint.exists():
+        raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; name a run's directory, outputs/…")
+    if (folder / "summary.json").exists():
+        raise InputError(f"resume={config.resume} is a run that came to its end; there is nothing left to do")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    parts = {name: part(**saved.pop(name)) for name, part in sections(Config).items()}
+    return checkpoint, Config(**parts, **saved)
+
+
+def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
+    """Seconds of training, validation included, after which ``val/acc`` first stood at 5 %, 10 %, … or above."""
+    best = max(row.get("val/acc", 0.0) for row in rows)
+    marks = [mark for mark in range(5, 101, 5) if mark <= 100 * best]
+    return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
