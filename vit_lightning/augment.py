@@ -51,10 +51,9 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     x = images / (255 * _per_channel(std))
     if h > size or w > size:  # sampling cannot average over the source pixels that a target pixel covers
         x = _resize(x, size)
-    places = sampling_places(theta, size)  # (B, 2, S, S)
-    inside = places.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
-    grid = places.permute(0, 2, 3, 1)  # (B, S, S, 2)
-    x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    grid = sampling_grid(theta, size)  # (B, 2, S, S)
+    inside = grid.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
+    x = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
     return x.mul_(inside).sub_(_per_channel(mean / std))
 
 
@@ -76,7 +75,7 @@ def random_affine(batch: int, config: AugmentConfig) -> Tensor:
     return rows.view(batch, 2, 3)
 
 
-def sampling_places(theta: Tensor, size: int) -> Tensor:
+def sampling_grid(theta: Tensor, size: int) -> Tensor:
     """Where each target pixel lies in the source: :func:`torch.nn.functional.affine_grid`, many times as fast on a CPU.
 
     Args:
