@@ -17,8 +17,9 @@ class ImageData(L.LightningDataModule):
     """Images of one source as batches of normalised floats.
 
     Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
-    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. On a GPU whose
-    free memory is at least twice as large as the images they lie there, and no batch is ever copied.
+    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. With
+    ``data.workers=0``, on a GPU whose free memory is more than twice as large as the images, they lie there, and no
+    batch is copied.
 
     Args:
         data: source, split and batches.
