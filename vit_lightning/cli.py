@@ -17,8 +17,7 @@ from typing import TypeVar
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -119,16 +118,17 @@ def one_line(error: Exception, schema: type[Config]) -> str:
     if isinstance(error, InputError):
         return f"error: {error}"
     if isinstance(error, OSError) and error.filename:  # Hydra's MissingConfigException is one too, without a file
-        return f"error: {error.filename} cannot be written ({error.strerror}); choose another hydra.run.dir"
+        cure = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
+        return f"error: {error.filename} cannot be written ({error.strerror}); {cure}"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
         if group in sections(schema) and value in ("", "null"):
             options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             return f"error: {group}={value} names no option; choose one of {', '.join(options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if isinstance(cause, MissingConfigException) and (match := re.search(r"'(\w+)/([^']+)'", text[0])):
-        group, name = match.groups()
-        options = [option for option in cause.options or [] if option != "base_config"]
+    if isinstance(cause, MissingConfigException) and cause.options:
+        group, _, name = str(cause.missing_cfg_file).rpartition("/")
+        options = [option for option in cause.options if option != "base_config"]
         message = f"{group}={name} is not known; choose one of {', '.join(options)}"
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         message = _unknown_key(cause.full_key, schema)
@@ -137,22 +137,14 @@ def one_line(error: Exception, schema: type[Config]) -> str:
         message = f"{cause.full_key}={given}: {text[0]}"
     elif isinstance(cause, InterpolationResolutionError):
         message = f"{cause.full_key}: {text[0]}"
-    elif unparsed := next(filter(_cannot_be_parsed, sys.argv[1:]), None):
-        key, equals, value = unparsed.partition("=")
+    elif isinstance(cause, OverrideParseException):
+        key, equals, value = cause.override.partition("=")
         cure = f"quote the value: {key}='\"{value}\"'" if equals else f"write {key}=value"
-        message = f"{unparsed} is not a setting that can be read; {cure}"
+        message = f"{cause.override} is not a setting that can be read; {cure}"
     else:
-        message = "; ".join(line for line in text if "https://" not in line and "full_key" not in line)
+        noise = re.compile(r"https://|full_key|onfig search path:|provider=")
+        message = "; ".join(line for line in text if not noise.search(line))
     return f"error: {message}"
-
-
-def _cannot_be_parsed(argument: str) -> bool:
-    try:
-        if not argument.startswith("-"):
-            OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return True
-    return False
 
 
 def _unknown_key(key: str, schema: type[Config]) -> str:
