@@ -112,7 +112,11 @@ def test_an_impossible_value_names_its_key(override, message):
     [
         (["model.layerz=4"], "model.layerz is not a key; did you mean model.layers? (model. has block, image_size"),
         (["modle=vit"], "modle is not a key; did you mean model?"),
-        (["trainer.epochs=3"], "trainer.epochs is not a key; did you mean"),
+        (["trainer.epochs=3"], "trainer.epochs is not a key; did you mean trainer.max_epochs? (trainer. has accelerator"),
+        (["optim.learning_rate=1"], "optim.learning_rate is not a key (optim. has lr, weight_decay, betas, decay_all"),
+        (["model.depth=4"], "model.depth is not a key (model. has block, image_size"),
+        (["layers=4"], "layers is not a key; did you mean model.layers?"),
+        (["hydra.rundir=x"], "hydra.rundir is not a key; --cfg hydra lists Hydra's own"),
         (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
         (["model.layers=abc"], "model.layers=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["model.layers=1.5"], "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),

@@ -149,10 +149,16 @@ def one_line(error: Exception, schema: type[Config]) -> str:
 
 def _unknown_key(key: str, schema: type[Config]) -> str:
     known = {group: [field.name for field in fields(part)] for group, part in sections(schema).items()}
-    keys = [f"{group}.{name}" for group, names in known.items() for name in names]
-    keys += [field.name for field in fields(schema)] + ["experiment"]
-    group = key.partition(".")[0]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    group, dot, name = key.partition(".")
+    if group == "hydra":
+        return f"{key} is not a key; --cfg hydra lists Hydra's own"
+    if group in known and dot:  # its names alone: the group that all share would make any two of them alike
+        near = [f"{group}.{match}" for match in difflib.get_close_matches(name, known[group], n=1)]
+        more = f" ({group}. has {', '.join(known[group])})"
+    else:
+        keys = [f"{group}.{name}" for group, names in known.items() for name in names]
+        keys += [field.name for field in fields(schema)] + ["experiment"]
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""
-    inside = f" ({group}. has {', '.join(known[group])})" if group in known and "." in key else ""
-    return f"{key} is not a key{hint}{inside}" + ("" if near or inside else "; --help lists the keys")
+    return f"{key} is not a key{hint}{more}"
