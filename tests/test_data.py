@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import random_split
 from torchvision.transforms import v2
 
-from vit_lightning.config import AugmentConfig, DataConfig, InputError
-from vit_lightning.data import BatchIndices, ImageData, split_indices
+from vit_lightning.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig
+from vit_lightning.data import BatchIndices, ImageData, follow_data, split_indices
 from vit_lightning.sources import ImageArrays
 
 
@@ -107,11 +107,9 @@ def test_the_order_follows_from_seed_and_epoch():
         assert one not in orders[:index]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(folder_config, workers):
-    data = data_module(replace(folder_config, workers=workers))
-    alone = data_module(folder_config)
-    assert seen(data.train_dataloader()) == seen(alone.train_dataloader())
+def test_workers_change_nothing(folder_config):
+    workers, alone = data_module(replace(folder_config, workers=2)), data_module(folder_config)
+    assert seen(workers.train_dataloader()) == seen(alone.train_dataloader())
 
 
 def test_evaluation_sees_torchvisions_resize_and_normalise(folder_config):
@@ -127,3 +125,14 @@ def test_evaluation_sees_torchvisions_resize_and_normalise(folder_config):
 def test_a_batch_larger_than_the_training_set_is_refused(folder_config):
     with pytest.raises(InputError, match=r"data\.batch_size=28 exceeds the 27 training images"):
         data_module(replace(folder_config, batch_size=28))
+
+
+def test_classes_and_channels_follow_the_data(folder_config):
+    data = data_module(folder_config)
+    for model in (ModelConfig(), ModelConfig(num_classes=3, channels=3)):
+        followed = follow_data(Config(model=model, data=folder_config), data).model
+        assert (followed.num_classes, followed.channels) == (3, 3)
+    with pytest.raises(InputError, match=r"model\.num_classes=11, but data\.source=image_folder has 3; leave"):
+        follow_data(Config(model=ModelConfig(num_classes=11), data=folder_config), data)
+    with pytest.raises(InputError, match=r"model\.channels=1, but data\.source=image_folder has 3; leave"):
+        follow_data(Config(model=ModelConfig(channels=1), data=folder_config), data)

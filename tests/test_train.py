@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import composed, write_folder
+from conftest import composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -273,17 +273,11 @@ def test_ctrl_c_says_where_the_run_lies(start):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=digits", "model.num_classes=11"], "model.num_classes=11, but data.source=digits has 10; leave"),
         (["data=digits", "model.channels=3"], "model.channels=3, but data.source=digits has 1; leave"),
         (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
         (["data=digits", "trainer.limit_val_batches=0.1"], "trainer.limit_val_batches=0.1 of 1 batches is none"),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
         (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
-        pytest.param(
-            ["data=digits", "trainer=gpu"],
-            "trainer.accelerator=gpu: torch finds none here; use trainer=cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
     ],
 )
 def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arguments, message):
@@ -307,6 +301,7 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
     assert list(tmp_path.glob("outputs/*/*")) == []
 
 
+@needs_compiler
 def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
     arguments = ["experiment=quickstart", "trainer=debug", *SMALL, "model.layers=1"]
     run, _ = trained(*arguments, "compile=true", cwd=start)

@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -28,11 +27,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vit_lightning.config import BenchmarkRun, Config, InputError
+from vit_lightning.config import BenchmarkRun, Config, ConfigT, InputError
 
 CONF = Path(__file__).parent.parent / "conf"
 SCHEMAS: dict[str, type[Config]] = {"config": Config, "benchmark": BenchmarkRun}  # by primary file in conf/
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def run_command(task: Callable[[ConfigT, Path], float], schema: type[ConfigT]) -> None:
@@ -111,6 +109,11 @@ def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
     config = OmegaConf.to_object(cfg)
     assert isinstance(config, schema)
     return config
+
+
+def relative(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def one_line(error: Exception, schema: type[Config]) -> str:

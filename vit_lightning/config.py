@@ -7,6 +7,7 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 
 import math
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 
 class InputError(ValueError):
@@ -288,3 +289,6 @@ class BenchmarkRun(Config):
     """A run's configuration, and how long to measure it."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)

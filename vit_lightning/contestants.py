@@ -20,8 +20,8 @@ from vit_lightning.callbacks import now
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import BenchmarkConfig, BenchmarkRun, ModelConfig
 from vit_lightning.data import ImageData
+from vit_lightning.machine import compile_network, quiet_lightning, spare_memory_work
 from vit_lightning.model import ViT
-from vit_lightning.train import compile_network, quiet_lightning, spare_memory_work
 
 OURS, TUTORIAL, PIL = "vit_lightning", "the tutorial's script", "PIL and torchvision, one worker"
 

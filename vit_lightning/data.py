@@ -1,6 +1,7 @@
 """The LightningDataModule: splits, batches and transforms of one data source."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vit_lightning.augment import eval_transform, train_transform
-from vit_lightning.config import AugmentConfig, DataConfig, InputError
+from vit_lightning.config import AugmentConfig, ConfigT, DataConfig, InputError
 from vit_lightning.sources import ImageArrays, load_arrays
 
 
@@ -105,6 +106,22 @@ class ImageData(L.LightningDataModule):
         if part not in self.resident and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.resident[part] = images.to(device), labels.to(device)
         return self.resident.get(part, (images, labels))
+
+
+def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
+    """Set the number of classes and channels from the data.
+
+    Raises:
+        InputError: if they are set, and otherwise.
+    """
+    classes, channels = len(data.class_names), data.channels
+    for key, found in (("num_classes", classes), ("channels", channels)):
+        wanted = getattr(config.model, key)
+        if wanted not in (None, found):
+            raise InputError(
+                f"model.{key}={wanted}, but data.source={config.data.source} has {found}; leave model.{key} out"
+            )
+    return replace(config, model=replace(config.model, num_classes=classes, channels=channels))
 
 
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
