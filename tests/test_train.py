@@ -128,7 +128,7 @@ def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start
     """Recomputed with nothing of the project but the checkpoint and the cached arrays."""
     run, _ = digits
     module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
-    [cache] = (start / "data" / "cache").iterdir()
+    [cache] = (start / "data" / "cache").glob("digits-*")
     images = torch.from_numpy(np.load(cache / "test_images.npy")) / 255
     labels = torch.from_numpy(np.load(cache / "test_labels.npy"))
     mean, std = (torch.tensor(module.hparams[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
