@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -80,6 +81,15 @@ def test_the_terminal_tells_results_and_where_the_files_lie(digits):
         assert f"{run.relative_to(run.parents[2])}/{file}" in out
     assert f"tensorboard --logdir {run.relative_to(run.parents[2])}" in out
     assert f"{summary_of(run)['metrics']['test/acc']:.1%}" in out
+
+
+def test_the_parts_parameters_add_up(digits):
+    run, out = digits
+    rows = dict(re.findall(r"^│ (\S.*?) +│.*│ +([\d,]+) │$", out, re.M))
+    counts = {name: int(count.replace(",", "")) for name, count in rows.items()}
+    total = counts.pop("in all")
+    assert sum(counts.values()) == total == summary_of(run)["parameters"]
+    assert counts["pos_embed"] == 17 * 64
 
 
 def test_metrics_csv_has_a_row_an_epoch(digits):
@@ -171,10 +181,8 @@ def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
     before = (run / "summary.json").read_text()
     result = command("data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
     assert result.returncode == 1
-    assert (
-        result.stderr
-        == f"error: {run.relative_to(start)} holds another run; choose a new hydra.run.dir, or leave it out\n"
-    )
+    cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
+    assert result.stderr == f"error: {run.relative_to(start)} holds another run; {cure}\n"
     assert (run / "summary.json").read_text() == before
 
 
@@ -268,6 +276,20 @@ def test_ctrl_c_says_where_the_run_lies(start):
     assert stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert (run / "curves.png").exists()
+
+
+def test_ctrl_c_during_the_test_says_so_too(start):
+    before = set(start.glob("outputs/*/*"))
+    script = (
+        "import runpy; from vit_lightning.classifier import ViTClassifier as Classifier\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "Classifier.test_step = interrupted; runpy.run_module('vit_lightning.train', run_name='__main__')"
+    )
+    arguments = [sys.executable, "-c", script, "data=digits", "trainer=debug", *SMALL]
+    result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
+    [run] = set(start.glob("outputs/*/*")) - before
+    assert result.returncode == 130
+    assert result.stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,8 @@ def train(config: Config, run_dir: Path) -> float:
     spare_memory_work()
 
     if (run_dir / "config.yaml").exists():
-        raise InputError(f"{relative(run_dir)} holds another run; choose a new hydra.run.dir, or leave it out")
+        cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
+        raise InputError(f"{relative(run_dir)} holds another run; {cure}")
     check_accelerator(config.trainer)
     record = provenance()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -86,11 +87,12 @@ def train(config: Config, run_dir: Path) -> float:
     start = time.perf_counter()
     try:
         trainer.fit(classifier, data)
+        seconds = time.perf_counter() - start
+        best_model = best.best_model_path
+        [test] = trainer.test(classifier, datamodule=data, ckpt_path=best_model, verbose=False, weights_only=True)
     except SystemExit:  # Lightning's answer to Ctrl-C
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
         sys.exit(130)
-    seconds = time.perf_counter() - start
-    [test] = trainer.test(classifier, datamodule=data, ckpt_path=best.best_model_path, verbose=False, weights_only=True)
 
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
@@ -113,7 +115,7 @@ def train(config: Config, run_dir: Path) -> float:
     final = {f"best/{key}": value for key, value in summary["metrics"].items()}
     logger.log_hyperparams(flatten(asdict(config)), final, step=trainer.global_step)
     logger.save()
-    show_results(summary, run_dir, Path(best.best_model_path))
+    show_results(summary, run_dir, Path(best_model))
     return summary["metrics"]["val/acc"]
 
 
@@ -178,6 +180,8 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", d
     table.add_column("part")
     table.add_column("output for one image")
     table.add_column("parameters", justify="right")
+    for name, parameter in classifier.net.named_parameters(recurse=False):  # that lie in no part
+        table.add_row(name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}")
     for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
         if name.count(".") == 1 and name.startswith("net."):
             size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list of blocks has no output of its own
