@@ -59,6 +59,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
         axis: {value: [] for value in models} for axis, models in sizes(config.model).items()
     }
     matmul: list[float] = []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # nothing: the profiler logs to the terminal; processes inherit this
     with ExitStack() as stack:
         processes = {
             name: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
