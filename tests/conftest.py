@@ -1,5 +1,6 @@
 """Data sets and runs that several test files share."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,10 @@ from vit_lightning import cli
 from vit_lightning.config import Config, DataConfig
 
 CONF = Path(__file__).parent.parent / "conf"
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
+)
 
 
 def composed(*overrides: str, name: str = "config") -> Config:

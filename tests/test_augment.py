@@ -17,7 +17,7 @@ from vit_lightning.augment import (
     random_affine,
     random_boxes,
     random_crop,
-    sampling_places,
+    sampling_grid,
     train_transform,
 )
 from vit_lightning.config import AugmentConfig
@@ -61,10 +61,10 @@ def test_training_transform_without_augmentation_is_the_eval_transform(source, t
     torch.testing.assert_close(ours, eval_transform(images, target, MEAN, STD), rtol=1e-4, atol=1e-4)
 
 
-def test_places_are_torchs_affine_grid():
+def test_the_sampling_grid_is_torchs_affine_grid():
     theta = random_affine(5, AugmentConfig(rotation=40.0, shift=0.3))
     theirs = torch.nn.functional.affine_grid(theta, [5, 1, 11, 11], align_corners=False)
-    torch.testing.assert_close(sampling_places(theta, 11).permute(0, 2, 3, 1), theirs)
+    torch.testing.assert_close(sampling_grid(theta, 11).permute(0, 2, 3, 1), theirs)
 
 
 def test_flip_mirrors():

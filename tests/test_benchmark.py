@@ -5,8 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CONF, composed
-from PIL import Image
+from conftest import composed
 
 from vit_lightning.benchmark import benchmark, spread, training_flops
 from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
@@ -25,6 +24,7 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
     command = [sys.executable, "-m", "vit_lightning.benchmark", "data=digits", "augment=shift", *SMALL, *times]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
     [path] = tmp_path.glob("outputs/*/*/benchmark.json")
     report = json.loads(path.read_text())
     for group, contestants in report["speeds"].items():
@@ -43,8 +43,7 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
     assert 10**8 < report["peak_memory_bytes"] < 10**10
     assert report["start_up_seconds"].keys() == {"--help", "--cfg job", "a mistake"}
     assert report["command"].startswith("python -m vit_lightning.benchmark data=digits")
-    with Image.open(path.with_name("benchmark.png")) as image:
-        assert image.size[0] > 1000
+    assert path.with_name("benchmark.png").exists()
 
 
 def test_flops_are_those_of_the_matrix_products():
@@ -79,4 +78,3 @@ def test_a_comparison_that_cannot_be_made_is_refused(tmp_path):
 
 def test_defaults_of_conf_and_schema_agree():
     assert composed(name="benchmark") == BenchmarkRun()
-    assert (CONF / "benchmark.yaml").exists()

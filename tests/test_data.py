@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import random_split
 from torchvision.transforms import v2
 
-from vit_lightning.config import AugmentConfig, DataConfig, InputError
-from vit_lightning.data import BatchIndices, ImageData, split_indices
+from vit_lightning.augment import eval_transform
+from vit_lightning.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig
+from vit_lightning.data import BatchIndices, ImageData, follow_data, split_indices
 from vit_lightning.sources import ImageArrays
 
 
@@ -107,11 +110,9 @@ def test_the_order_follows_from_seed_and_epoch():
         assert one not in orders[:index]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_change_nothing(folder_config, workers):
-    data = data_module(replace(folder_config, workers=workers))
-    alone = data_module(folder_config)
-    assert seen(data.train_dataloader()) == seen(alone.train_dataloader())
+def test_workers_change_nothing(folder_config):
+    workers, alone = data_module(replace(folder_config, workers=2)), data_module(folder_config)
+    assert seen(workers.train_dataloader()) == seen(alone.train_dataloader())
 
 
 def test_evaluation_sees_torchvisions_resize_and_normalise(folder_config):
@@ -127,3 +128,67 @@ def test_evaluation_sees_torchvisions_resize_and_normalise(folder_config):
 def test_a_batch_larger_than_the_training_set_is_refused(folder_config):
     with pytest.raises(InputError, match=r"data\.batch_size=28 exceeds the 27 training images"):
         data_module(replace(folder_config, batch_size=28))
+
+
+def test_classes_and_channels_follow_the_data(folder_config):
+    data = data_module(folder_config)
+    for model in (ModelConfig(), ModelConfig(num_classes=3, channels=3)):
+        followed = follow_data(Config(model=model, data=folder_config), data).model
+        assert (followed.num_classes, followed.channels) == (3, 3)
+    with pytest.raises(InputError, match=r"model\.num_classes=11, but data\.source=image_folder has 3; leave"):
+        follow_data(Config(model=ModelConfig(num_classes=11), data=folder_config), data)
+    with pytest.raises(InputError, match=r"model\.channels=1, but data\.source=image_folder has 3; leave"):
+        follow_data(Config(model=ModelConfig(channels=1), data=folder_config), data)
+
+
+class Keeper(L.LightningModule):
+    """Keeps the batches that a Trainer hands it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+        self.epochs: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        self.validation: list[torch.Tensor] = []
+
+    def on_train_epoch_start(self) -> None:
+        self.epochs.append([])
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        self.epochs[-1].append(batch)
+        return self.scale * batch[0].mean()
+
+    def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
+        self.validation.append(batch[0])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_trainer_augments_training_batches_alone_and_gives_each_epoch_an_order(folder_config):
+    data = ImageData(folder_config, AugmentConfig(rotation=0, flip=1), image_size=12)
+    keeper = Keeper()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(keeper, data)
+
+    train = eval_transform(data.arrays.images["train"], 12, data.mean, data.std).flip(-1)
+    orders = []
+    for batches in keeper.epochs:
+        images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        order = torch.cdist(images.flatten(1), train.flatten(1)).argmin(dim=1)
+        torch.testing.assert_close(images, train[order], rtol=1e-4, atol=1e-4)
+        assert torch.equal(labels, data.arrays.labels["train"][order])
+        orders.append(order.tolist())
+    assert [len(set(order)) for order in orders] == [25, 25]  # of 27 images, in batches of 5
+    assert orders[0] != orders[1]
+
+    val = eval_transform(data.arrays.images["test"][data.indices["val"]], 12, data.mean, data.std)
+    assert torch.equal(torch.cat(keeper.validation), torch.cat([val, val]))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_lightning.figures import draw_curves, draw_patches
+from vit_lightning.figures import draw_benchmark, draw_curves, draw_patches
 
 
 def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:
@@ -40,6 +40,20 @@ def test_curves_without_validation_yet(tmp_path):
 def test_a_loss_that_is_not_finite_can_still_be_drawn(tmp_path):
     draw_curves([{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": math.nan}], tmp_path / "curves.png")
     assert (tmp_path / "curves.png").exists()
+
+
+def test_the_benchmark_shows_ours_and_the_others(tmp_path):
+    def speed(median: float) -> dict[str, float]:
+        return {"median": median, "min": 0.9 * median, "max": 1.1 * median}
+
+    speeds = {"training": {"ours": speed(200.0), "theirs": speed(100.0)}, "inference": {"ours": speed(700.0)}}
+    report = {
+        "speeds": speeds,
+        "step_seconds": {axis: [{axis: n, "median": 0.1 * n} for n in (1, 2)] for axis in ("layers", "tokens")},
+    }
+    draw_benchmark(report, tmp_path / "benchmark.png")
+    assert has_colour(tmp_path / "benchmark.png", BLUE)
+    assert has_colour(tmp_path / "benchmark.png", VERMILION)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -7,7 +7,9 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +66,11 @@ def fail(*_):
     pytest.fail("decoded again")
 
 
+def caches(config: DataConfig) -> list[Path]:
+    """What lies in the cache's directory, but for locks."""
+    return [path for path in Path(config.cache_dir).iterdir() if path.suffix != ".lock"]
+
+
 def test_large_square_images_are_kept_at_the_networks_size(tmp_path):
     write_folder(tmp_path / "images", {"ant": (2, 2), "bee": (2, 2)}, side=300)
     config = DataConfig(source="image_folder", root=str(tmp_path / "images"), cache_dir=str(tmp_path / "cache"))
@@ -89,16 +96,18 @@ def test_a_cache_of_other_content_is_rebuilt(folder, folder_config):
     Image.new("RGB", (8, 8), (1, 2, 3)).save(changed)
     os.utime(changed, ns=(1, 1))
     assert load_arrays(folder_config, 8).images["test"][0, :, 0, 0].tolist() == [1, 2, 3]
-    assert len(list(Path(folder_config.cache_dir).iterdir())) == 1
+    assert len(caches(folder_config)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut short", "no meta", "meta cut short"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "meta cut short"])
 def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     expected = load_arrays(folder_config, 8).images["train"].clone()
-    [cache] = Path(folder_config.cache_dir).iterdir()
+    [cache] = caches(folder_config)
     if damage == "cut short":
         file = cache / "train_images.npy"
         file.write_bytes(file.read_bytes()[:200])
+    elif damage == "empty":
+        (cache / "train_labels.npy").write_bytes(b"")
     elif damage == "no meta":
         (cache / "meta.json").unlink()
     else:
@@ -106,12 +115,27 @@ def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     assert torch.equal(load_arrays(folder_config, 8).images["train"], expected)
 
 
+def test_two_first_starts_at_once_decode_once(folder_config, monkeypatch):
+    decoded = []
+
+    def slow(path: Path, side: int) -> np.ndarray:
+        decoded.append(path)
+        time.sleep(0.01)
+        return decode_image(path, side)
+
+    monkeypatch.setattr(sources, "decode_image", slow)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(lambda _: load_arrays(folder_config, 8), range(2))
+    assert len(decoded) == len(set(decoded)) == 3 * (9 + 7)
+    assert torch.equal(one.images["train"], other.images["train"])
+
+
 def test_nothing_half_done_is_left_where_decoding_fails(folder, folder_config):
     sound = (folder / "train" / "cat" / "000.png").read_bytes()
     (folder / "train" / "cat" / "bad.png").write_bytes(sound[:100])  # its header can still be read
     with pytest.raises(InputError, match=r"bad\.png cannot be read"):
         load_arrays(folder_config, 8)
-    assert list(Path(folder_config.cache_dir).iterdir()) == []
+    assert caches(folder_config) == []
 
 
 def test_training_cannot_write_into_the_cache(folder_config):
@@ -193,6 +217,14 @@ def test_an_unreadable_picture_is_named(tmp_path, content, reason):
         decode_image(tmp_path / "broken.png", 8)
 
 
+@pytest.mark.parametrize("stored_size", [None, 8])
+def test_a_link_to_nowhere_is_named(folder, folder_config, stored_size):
+    (folder / "train" / "ant" / "000.png").unlink()
+    (folder / "train" / "ant" / "000.png").symlink_to("nowhere.png")
+    with pytest.raises(InputError, match=r"ant/000\.png cannot be read \(No such file or directory\); mend or"):
+        load_arrays(replace(folder_config, stored_size=stored_size), 8)
+
+
 # --- folders that cannot be trained on --------------------------------------------------------------------------------
 
 
@@ -243,7 +275,7 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(folder_config, monkeypatc
     monkeypatch.setattr(np.lib.format, "write_array_header_1_0", full)
     with pytest.raises(InputError, match=r"cannot be written \(No space left on device\)"):
         load_arrays(folder_config, 8)
-    assert list(Path(folder_config.cache_dir).iterdir()) == []
+    assert caches(folder_config) == []
 
 
 # --- CIFAR, downloaded from a server on this machine ------------------------------------------------------------------

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import composed, write_folder
+from conftest import composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -84,6 +85,15 @@ def test_the_terminal_tells_results_and_where_the_files_lie(digits):
     assert f"{summary_of(run)['metrics']['test/acc']:.1%}" in out
 
 
+def test_the_parts_parameters_add_up(digits):
+    run, out = digits
+    rows = dict(re.findall(r"^│ (\S.*?) +│.*│ +([\d,]+) │$", out, re.M))
+    counts = {name: int(count.replace(",", "")) for name, count in rows.items()}
+    total = counts.pop("in all")
+    assert sum(counts.values()) == total == summary_of(run)["parameters"]
+    assert counts["pos_embed"] == 17 * 64
+
+
 def test_metrics_csv_has_a_row_an_epoch(digits):
     run, _ = digits
     with (run / "metrics.csv").open() as file:
@@ -130,7 +140,7 @@ def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start
     """Recomputed with nothing of the project but the checkpoint and the cached arrays."""
     run, _ = digits
     module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt", weights_only=True).eval()
-    [cache] = (start / "data" / "cache").iterdir()
+    [cache] = (start / "data" / "cache").glob("digits-*")
     images = torch.from_numpy(np.load(cache / "test_images.npy")) / 255
     labels = torch.from_numpy(np.load(cache / "test_labels.npy"))
     mean, std = (torch.tensor(module.hparams[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
@@ -173,10 +183,8 @@ def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
     before = (run / "summary.json").read_text()
     result = command("data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
     assert result.returncode == 1
-    assert (
-        result.stderr
-        == f"error: {run.relative_to(start)} holds another run; choose a new hydra.run.dir, or leave it out\n"
-    )
+    cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
+    assert result.stderr == f"error: {run.relative_to(start)} holds another run; {cure}\n"
     assert (run / "summary.json").read_text() == before
 
 
@@ -272,20 +280,28 @@ def test_ctrl_c_says_where_the_run_lies(start):
     assert (run / "curves.png").exists()
 
 
+def test_ctrl_c_during_the_test_says_so_too(start):
+    before = set(start.glob("outputs/*/*"))
+    script = (
+        "import runpy; from vit_lightning.classifier import ViTClassifier as Classifier\n"
+        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "Classifier.test_step = interrupted; runpy.run_module('vit_lightning.train', run_name='__main__')"
+    )
+    arguments = [sys.executable, "-c", script, "data=digits", "trainer=debug", *SMALL]
+    result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
+    [run] = set(start.glob("outputs/*/*")) - before
+    assert result.returncode == 130
+    assert result.stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data=digits", "model.num_classes=11"], "model.num_classes=11, but data.source=digits has 10; leave"),
         (["data=digits", "model.channels=3"], "model.channels=3, but data.source=digits has 1; leave"),
         (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
         (["data=digits", "trainer.limit_val_batches=0.1"], "trainer.limit_val_batches=0.1 of 1 batches is none"),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
         (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
-        pytest.param(
-            ["data=digits", "trainer=gpu"],
-            "trainer.accelerator=gpu: torch finds none here; use trainer=cpu",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
-        ),
     ],
 )
 def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arguments, message):
@@ -309,6 +325,7 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
     assert list(tmp_path.glob("outputs/*/*")) == []
 
 
+@needs_compiler
 def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
     arguments = ["experiment=quickstart", "trainer=debug", *SMALL, "model.layers=1"]
     run, _ = trained(*arguments, "compile=true", cwd=start)

@@ -59,10 +59,10 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         x = _resize(x, size)
     if config.rotation or config.shift or x.shape[-2:] != (size, size):
         theta = random_affine(len(images), config).to(images.device)
-        places = sampling_places(theta, size)  # (B, 2, S, S)
-        inside = places.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
-        grid = places.permute(0, 2, 3, 1)  # (B, S, S, 2)
-        x = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False).mul_(inside)
+        grid = sampling_grid(theta, size)  # (B, 2, S, S)
+        inside = grid.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
+        x = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
+        x.mul_(inside)
     elif config.flip:
         mirror = (torch.rand(len(images)) < config.flip).to(images.device)
         x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
@@ -163,7 +163,7 @@ def random_affine(batch: int, config: AugmentConfig) -> Tensor:
     return rows.view(batch, 2, 3)
 
 
-def sampling_places(theta: Tensor, size: int) -> Tensor:
+def sampling_grid(theta: Tensor, size: int) -> Tensor:
     """Where each target pixel lies in the source: :func:`torch.nn.functional.affine_grid`, many times as fast on a CPU.
 
     Args:

@@ -119,7 +119,15 @@ def installed(channels: int) -> list[str]:
 
 
 def library(name: str, config: ModelConfig) -> nn.Module:
-    """The Vision Transformer of a library, of the same shape and dropout, with the same head."""
+    """The Vision Transformer of a library, of the same shape, with the same head.
+
+    ``config.dropout`` is the probability of every dropout inside, which each library has where it chose: all drop after
+    the attention and after the second MLP layer, all but Hugging Face between the two MLP layers, torchvision and
+    Hugging Face the embeddings too, and vit-pytorch the attention weights.
+
+    Raises:
+        ValueError: if the library is not one of :func:`installed`'s.
+    """
     C, D, S, P = config.channels, config.embed_dim, config.image_size, config.patch_size
     assert C is not None
     net: Any
@@ -141,9 +149,9 @@ def library(name: str, config: ModelConfig) -> nn.Module:
         )
         net.head = stock_head(config)
     elif name == "vit-pytorch":
-        from vit_pytorch import ViT as PhilsViT
+        from vit_pytorch import ViT as VitPytorchViT
 
-        net = PhilsViT(
+        net = VitPytorchViT(
             image_size=S,
             patch_size=P,
             channels=C,

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vit_lightning.cli import run_command
+from vit_lightning.cli import relative, run_command
 from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
 
 TRAIN = [sys.executable, "-m", "vit_lightning.train"]
@@ -40,10 +40,10 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
 
     from vit_lightning.baselines import installed
     from vit_lightning.contestants import OURS, PIL, TUTORIAL, measure, operator_shares, prepare, sizes
-    from vit_lightning.data import ImageData
+    from vit_lightning.data import ImageData, follow_data
     from vit_lightning.figures import draw_benchmark
+    from vit_lightning.machine import check_accelerator, quiet_lightning
     from vit_lightning.record import provenance
-    from vit_lightning.train import check_accelerator, follow_data, quiet_lightning
 
     quiet_lightning()
     check_accelerator(config.trainer)
@@ -59,6 +59,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
         axis: {value: [] for value in models} for axis, models in sizes(config.model).items()
     }
     matmul: list[float] = []
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # nothing: the profiler logs to the terminal; processes inherit this
     with ExitStack() as stack:
         processes = {
             name: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
@@ -160,7 +161,6 @@ def show(report: dict[str, Any], run_dir: Path) -> None:
     from rich.table import Table
 
     from vit_lightning.contestants import OURS
-    from vit_lightning.train import relative
 
     console = Console()
     for group, contestants in report["speeds"].items():

@@ -12,13 +12,11 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -29,11 +27,10 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vit_lightning.config import BenchmarkRun, Config, InputError
+from vit_lightning.config import BenchmarkRun, Config, ConfigT, InputError
 
 CONF = Path(__file__).parent.parent / "conf"
 SCHEMAS: dict[str, type[Config]] = {"config": Config, "benchmark": BenchmarkRun}  # by primary file in conf/
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def run_command(task: Callable[[ConfigT, Path], float], schema: type[ConfigT]) -> None:
@@ -114,21 +111,27 @@ def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
     return config
 
 
+def relative(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
 def one_line(error: Exception, schema: type[Config]) -> str:
     """What went wrong, naming the key as it was typed and what would be right."""
     if isinstance(error, InputError):
         return f"error: {error}"
     if isinstance(error, OSError) and error.filename:  # Hydra's MissingConfigException is one too, without a file
-        return f"error: {error.filename} cannot be written ({error.strerror}); choose another hydra.run.dir"
+        cure = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
+        return f"error: {error.filename} cannot be written ({error.strerror}); {cure}"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
         if group in sections(schema) and value in ("", "null"):
             options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             return f"error: {group}={value} names no option; choose one of {', '.join(options)}"
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    if isinstance(cause, MissingConfigException) and (match := re.search(r"'(\w+)/([^']+)'", text[0])):
-        group, name = match.groups()
-        options = [option for option in cause.options or [] if option != "base_config"]
+    if isinstance(cause, MissingConfigException) and cause.options:
+        group, _, name = str(cause.missing_cfg_file).rpartition("/")
+        options = [option for option in cause.options if option != "base_config"]
         message = f"{group}={name} is not known; choose one of {', '.join(options)}"
     elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
         message = _unknown_key(cause.full_key, schema)
@@ -137,30 +140,28 @@ def one_line(error: Exception, schema: type[Config]) -> str:
         message = f"{cause.full_key}={given}: {text[0]}"
     elif isinstance(cause, InterpolationResolutionError):
         message = f"{cause.full_key}: {text[0]}"
-    elif unparsed := next(filter(_cannot_be_parsed, sys.argv[1:]), None):
-        key, equals, value = unparsed.partition("=")
+    elif isinstance(cause, OverrideParseException):
+        key, equals, value = cause.override.partition("=")
         cure = f"quote the value: {key}='\"{value}\"'" if equals else f"write {key}=value"
-        message = f"{unparsed} is not a setting that can be read; {cure}"
+        message = f"{cause.override} is not a setting that can be read; {cure}"
     else:
-        message = "; ".join(line for line in text if "https://" not in line and "full_key" not in line)
+        noise = re.compile(r"https://|full_key|onfig search path:|provider=")
+        message = "; ".join(line for line in text if not noise.search(line))
     return f"error: {message}"
-
-
-def _cannot_be_parsed(argument: str) -> bool:
-    try:
-        if not argument.startswith("-"):
-            OverridesParser.create().parse_override(argument)
-    except HydraException:
-        return True
-    return False
 
 
 def _unknown_key(key: str, schema: type[Config]) -> str:
     known = {group: [field.name for field in fields(part)] for group, part in sections(schema).items()}
-    keys = [f"{group}.{name}" for group, names in known.items() for name in names]
-    keys += [field.name for field in fields(schema)] + ["experiment"]
-    group = key.partition(".")[0]
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    group, dot, name = key.partition(".")
+    if group == "hydra":
+        return f"{key} is not a key; --cfg hydra lists Hydra's own"
+    if group in known and dot:  # its names alone: the group that all share would make any two of them alike
+        near = [f"{group}.{match}" for match in difflib.get_close_matches(name, known[group], n=1)]
+        more = f" ({group}. has {', '.join(known[group])})"
+    else:
+        keys = [f"{group}.{name}" for group, names in known.items() for name in names]
+        keys += [field.name for field in fields(schema)] + ["experiment"]
+        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""
-    inside = f" ({group}. has {', '.join(known[group])})" if group in known and "." in key else ""
-    return f"{key} is not a key{hint}{inside}" + ("" if near or inside else "; --help lists the keys")
+    return f"{key} is not a key{hint}{more}"

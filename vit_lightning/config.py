@@ -8,6 +8,7 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 import math
 import re
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 
 class InputError(ValueError):
@@ -30,6 +31,12 @@ def _probability(**values: float | None) -> None:
     for key, value in values.items():
         if value is not None and not 0 <= value <= 1:
             raise InputError(f"{_dotted(key)}={value} is a probability: it must lie between 0 and 1")
+
+
+def _seed(**values: int) -> None:
+    for key, value in values.items():
+        if not 0 <= value < 2**32:
+            raise InputError(f"{_dotted(key)}={value} must lie between 0 and {2**32 - 1}")
 
 
 def _one_of(*choices: str, **values: str) -> None:
@@ -168,7 +175,8 @@ class DataConfig:
         _one_of("blog", "standard", data__split=self.split)
         _at_least(1, data__stored_size=self.stored_size)
         _at_least(1, data__batch_size=self.batch_size, data__eval_batch_size=self.eval_batch_size)
-        _at_least(0, data__split_seed=self.split_seed, data__workers=self.workers)
+        _at_least(0, data__workers=self.workers)
+        _seed(data__split_seed=self.split_seed)
         if not 0 < self.val_fraction < 1:
             raise InputError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
         if self.stored_size is not None and self.source != "image_folder":
@@ -266,7 +274,7 @@ class TrainerConfig:
         check_val_every_n_epoch: epochs from one validation to the next.
         log_every_n_steps: steps between two points of the curves that have one a step.
         deterministic: whether only kernels are used that repeat a run bit for bit.
-        enable_progress_bar: whether a terminal shows a progress bar (elsewhere a line is printed for each epoch).
+        enable_progress_bar: whether a terminal shows a progress bar; the line for each epoch is printed in any case.
     """
 
     accelerator: str = "auto"
@@ -300,7 +308,7 @@ class TrainerConfig:
             )
         for name in ("train", "val", "test"):
             limit = getattr(self, f"limit_{name}_batches")
-            if limit <= 0 or (isinstance(limit, float) and limit > 1):
+            if not limit > 0 or (isinstance(limit, float) and limit > 1):  # nan is not above 0 either
                 raise InputError(
                     f"trainer.limit_{name}_batches={limit} must be a whole number of batches from 1 "
                     "or a share above 0 and up to 1.0"
@@ -353,8 +361,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed={self.seed} must lie between 0 and {2**32 - 1}")
+        _seed(seed=self.seed)
 
 
 @dataclass(slots=True)
@@ -362,3 +369,6 @@ class BenchmarkRun(Config):
     """A run's configuration, and how long to measure it."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)

@@ -1,7 +1,8 @@
 """What a contestant of the benchmark measures, in a process of its own, with memory and settings of its own."""
 
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from itertools import cycle, repeat
 from typing import Any
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vit_lightning.augment import train_transform
@@ -20,8 +22,8 @@ from vit_lightning.callbacks import now
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import BenchmarkConfig, BenchmarkRun, ModelConfig
 from vit_lightning.data import ImageData
+from vit_lightning.machine import compile_network, quiet_lightning, spare_memory_work
 from vit_lightning.model import ViT
-from vit_lightning.train import compile_network, quiet_lightning, spare_memory_work
 
 OURS, TUTORIAL, PIL = "vit_lightning", "the tutorial's script", "PIL and torchvision, one worker"
 
@@ -58,6 +60,8 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
             for value, model in models.items():
                 MEASURES[f"{axis}={value}"] = step_seconds(replace(config, model=model), data, device)
     elif name == TUTORIAL:
+        # The tutorial has four loader workers, on any number of cores.
+        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
         step = plain_step(TutorialViT(config.model).to(device))
         MEASURES["training"] = lambda: loader_speed(step, config, data, device)
         MEASURES["inference"] = inference(TutorialViT(config.model), config, data, device)
@@ -159,10 +163,7 @@ def step_seconds(config: BenchmarkRun, data: ImageData, device: torch.device) ->
 
 
 def operator_shares(config: BenchmarkRun, device: torch.device) -> dict[str, float]:
-    """Share of a training step that each of torch's operators takes by itself, the greatest first.
-
-    The step is that of :func:`step_seconds` at the configured size; what is below 1 % is summed as ``rest``.
-    """
+    """:func:`shares` of torch's operators in a training step, that of :func:`step_seconds` at the configured size."""
     data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
     data.setup()
     step, batches = plain_step(ViT(config.model).to(device), fused=True), ready_batches(config, data, device)
@@ -172,11 +173,22 @@ def operator_shares(config: BenchmarkRun, device: torch.device) -> dict[str, flo
     with profile(activities=activities) as profiler:
         for _ in range(config.benchmark.steps):
             step(*next(batches))
-    own_time = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    times = {event.key: getattr(event, own_time) for event in profiler.key_averages()}
+    return shares(profiler.key_averages(), "device" if device.type == "cuda" else "cpu")
+
+
+def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
+    """Share of each operator in the time of all, the greatest first, and below 1 % together as ``rest``.
+
+    Args:
+        events: the profiler's averages.
+        clock: ``cpu`` or ``device``: whose time is counted.
+    """
+    # A GPU's kernels are rows too, besides the operators that started them, which have their time already.
+    operators = [event for event in events if event.device_type == DeviceType.CPU]
+    times = {event.key: getattr(event, f"self_{clock}_time_total") for event in operators}
     total = sum(times.values())
-    shares = {name: time / total for name, time in sorted(times.items(), key=lambda item: -item[1])}
-    large = {name: share for name, share in shares.items() if share >= 0.01}
+    ordered = {name: time / total for name, time in sorted(times.items(), key=lambda item: -item[1])}
+    large = {name: share for name, share in ordered.items() if share >= 0.01}
     return {**large, "rest": 1 - sum(large.values())}
 
 

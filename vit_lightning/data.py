@@ -1,6 +1,7 @@
 """The LightningDataModule: splits, batches and transforms of one data source."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import lightning as L
 import numpy as np
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vit_lightning.augment import eval_transform, mix, train_transform
-from vit_lightning.config import AugmentConfig, DataConfig, InputError
+from vit_lightning.config import AugmentConfig, ConfigT, DataConfig, InputError
 from vit_lightning.sources import ImageArrays, load_arrays
 
 
@@ -17,8 +18,9 @@ class ImageData(L.LightningDataModule):
     """Images of one source as batches of normalised floats.
 
     Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
-    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. On a GPU whose
-    free memory is at least twice as large as the images they lie there, and no batch is ever copied.
+    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. With
+    ``data.workers=0``, on a GPU whose free memory is more than twice as large as the images, they lie there, and no
+    batch is copied.
 
     Args:
         data: source, split and batches.
@@ -110,6 +112,22 @@ class ImageData(L.LightningDataModule):
         if part not in self.resident and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.resident[part] = images.to(device), labels.to(device)
         return self.resident.get(part, (images, labels))
+
+
+def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
+    """Set the number of classes and channels from the data.
+
+    Raises:
+        InputError: if they are set, and otherwise.
+    """
+    classes, channels = len(data.class_names), data.channels
+    for key, found in (("num_classes", classes), ("channels", channels)):
+        wanted = getattr(config.model, key)
+        if wanted not in (None, found):
+            raise InputError(
+                f"model.{key}={wanted}, but data.source={config.data.source} has {found}; leave model.{key} out"
+            )
+    return replace(config, model=replace(config.model, num_classes=classes, channels=channels))
 
 
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:

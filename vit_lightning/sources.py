@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image, ImageOps
 from rich.console import Console
 from rich.progress import track
@@ -78,17 +79,20 @@ def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
 
     key = hashlib.sha256(f"{root.resolve()} {config.stored_size}".encode()).hexdigest()[:12]
     cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
-    arrays = read_cache(cache, identify(), image_size)
-    if arrays is None:
-        decoded = decode()
-        fingerprint = identify()  # after a download, which changed the files
-        try:
-            write_cache(cache, fingerprint, decoded)
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror or error}); choose another directory"
-            raise InputError(f"data.cache_dir={config.cache_dir} {reason}") from error
-        arrays = read_cache(cache, fingerprint, image_size)
-        assert arrays is not None
+    arrays = read_cache(cache, identify(), image_size)  # without the lock, which needs a directory that can be written
+    if arrays is not None:
+        return arrays
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.with_name(f".{cache.name}.lock")):  # of two first starts at once, one downloads and decodes
+            arrays = read_cache(cache, identify(), image_size)
+            if arrays is None:
+                decoded = decode()
+                write_cache(cache, identify(), decoded)  # identified again: a download changed the files
+                arrays = open_cache(cache)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error}); choose another directory"
+        raise InputError(f"data.cache_dir={config.cache_dir} {reason}") from error
     return arrays
 
 
@@ -239,13 +243,13 @@ def _image_size(path: Path) -> tuple[int, int]:
 
 
 def _unreadable(path: Path, error: Exception) -> InputError:
-    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-    return InputError(f"{path} cannot be read ({reason}); mend or remove it")
+    reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else getattr(error, "strerror", None)
+    return InputError(f"{path} cannot be read ({reason or error}); mend or remove it")
 
 
 def _decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray]:
     """Decode files in order: large ones on all cores, small ones one by one, where threads only get in the way."""
-    sample = paths[:: -(-len(paths) // 100)]
+    sample = [path for path in paths[:: -(-len(paths) // 100)] if path.exists()]  # decoding names one that is not there
     if sum(path.stat().st_size for path in sample) < LARGE_FILE * len(sample):
         yield from (decode_image(path, side) for path in paths)
         return
@@ -269,11 +273,17 @@ def read_cache(cache: Path, fingerprint: str, image_size: int) -> ImageArrays | 
         meta = json.loads((cache / "meta.json").read_text())
         if meta["fingerprint"] != fingerprint or meta["image_size"] not in (None, image_size):
             return None
-        # "c" (copy on write): torch wants writable memory, and nothing may reach the file.
-        images = {split: np.load(cache / f"{split}_images.npy", mmap_mode="c") for split in SPLITS}
-        labels = {split: np.load(cache / f"{split}_labels.npy") for split in SPLITS}
-    except (OSError, ValueError, KeyError):
+        return open_cache(cache)
+    except (OSError, EOFError, ValueError, KeyError):
         return None
+
+
+def open_cache(cache: Path) -> ImageArrays:
+    """Memory-map the arrays at ``cache``, whatever their content."""
+    meta = json.loads((cache / "meta.json").read_text())
+    # "c" (copy on write): torch wants writable memory, and nothing may reach the file.
+    images = {split: np.load(cache / f"{split}_images.npy", mmap_mode="c") for split in SPLITS}
+    labels = {split: np.load(cache / f"{split}_labels.npy") for split in SPLITS}
     return ImageArrays(
         images={split: torch.from_numpy(array) for split, array in images.items()},
         labels={split: torch.from_numpy(array) for split, array in labels.items()},
@@ -285,7 +295,6 @@ def read_cache(cache: Path, fingerprint: str, image_size: int) -> ImageArrays | 
 
 def write_cache(cache: Path, fingerprint: str, decoded: Decoded) -> None:
     """Write the arrays beside ``cache`` and put them in its place when they are complete."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
     try:
         for split in SPLITS:

@@ -4,16 +4,13 @@
 that a mistake in it is reported at once.
 """
 
-import ctypes
 import json
-import logging
 import sys
-import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import ConfigT, run_command, sections
+from vit_lightning.cli import relative, run_command, sections
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
@@ -21,7 +18,6 @@ if TYPE_CHECKING:
 
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
-    from vit_lightning.model import ViT
 
 
 def train(config: Config, run_dir: Path) -> float:
@@ -41,7 +37,8 @@ def train(config: Config, run_dir: Path) -> float:
 
     from vit_lightning.callbacks import METRICS, EpochRecorder, SeedEpochs, StopAtTarget
     from vit_lightning.classifier import ViTClassifier
-    from vit_lightning.data import ImageData
+    from vit_lightning.data import ImageData, follow_data
+    from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
     from vit_lightning.optim import ema_update
     from vit_lightning.record import provenance
 
@@ -54,7 +51,8 @@ def train(config: Config, run_dir: Path) -> float:
         run_dir.rmdir()
         run_dir = checkpoint.parent.parent
     elif (run_dir / "config.yaml").exists():
-        raise InputError(f"{relative(run_dir)} holds another run; choose a new hydra.run.dir, or leave it out")
+        cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
+        raise InputError(f"{relative(run_dir)} holds another run; {cure}")
     check_accelerator(config.trainer)
     record = provenance()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -101,12 +99,12 @@ def train(config: Config, run_dir: Path) -> float:
 
     try:
         trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+        # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
+        classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
+        [test] = trainer.test(classifier, datamodule=data, verbose=False)
     except SystemExit:  # Lightning's answer to Ctrl-C
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
         sys.exit(130)
-    # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
-    classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-    [test] = trainer.test(classifier, datamodule=data, verbose=False)
 
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
@@ -132,81 +130,6 @@ def train(config: Config, run_dir: Path) -> float:
     logger.save()
     show_results(summary, run_dir, Path(best.best_model_path))
     return summary["metrics"]["val/acc"]
-
-
-def quiet_lightning() -> None:
-    """Silence what Lightning says of every run here and what is not so here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    for message in (
-        ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
-        ".*smaller than the logging interval",  # the curves go on across epochs
-        ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
-        ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
-    ):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def spare_memory_work() -> None:
-    """Spare a training step two kinds of work on memory that change no result.
-
-    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed,
-    a sixth of a step on two cores: here it keeps them. Other C libraries are left as they are. And torch, when asked
-    for deterministic kernels, fills all fresh memory, which repeats nothing that these kernels do not repeat anyway.
-    """
-    import torch
-
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
-        mallopt(trim_threshold, -1)  # never
-
-
-def check_accelerator(trainer: TrainerConfig) -> None:
-    """Refuse an accelerator that is not there, and a precision it does not have.
-
-    Raises:
-        InputError: if so.
-    """
-    import torch
-
-    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(trainer.accelerator, True):
-        instead = "trainer.accelerator=mps" if there["mps"] else "trainer=cpu"
-        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
-    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
-        raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
-
-
-def compile_network(net: "ViT", device: "torch.device") -> None:
-    """Have ``net`` compiled in place at its first use, so that its parameters keep their names; or say why not."""
-    import torch
-
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CPU has no CUDA is no news
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever a compiler that is missing or broken makes of it
-        [reason, *_] = str(error).strip().splitlines() or [repr(error)]
-        print(f"compile=true: torch cannot compile here ({reason}); training goes on without", file=sys.stderr)
-    else:
-        net.compile()
-
-
-def follow_data(config: ConfigT, data: "ImageData") -> ConfigT:
-    """Set the number of classes and channels from the data.
-
-    Raises:
-        InputError: if they are set, and otherwise.
-    """
-    classes, channels = len(data.class_names), data.channels
-    for key, found in (("num_classes", classes), ("channels", channels)):
-        wanted = getattr(config.model, key)
-        if wanted not in (None, found):
-            raise InputError(
-                f"model.{key}={wanted}, but data.source={config.data.source} has {found}; leave model.{key} out"
-            )
-    return replace(config, model=replace(config.model, num_classes=classes, channels=channels))
 
 
 def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
@@ -299,6 +222,8 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", d
     table.add_column("part")
     table.add_column("output for one image")
     table.add_column("parameters", justify="right")
+    for name, parameter in classifier.net.named_parameters(recurse=False):  # that lie in no part
+        table.add_row(name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}")
     for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
         if name.count(".") == 1 and name.startswith("net."):
             size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list of blocks has no output of its own
@@ -333,11 +258,6 @@ def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> No
     ):
         print(f"{name:<12}{relative(file)}")
     print(f"{'dashboard':<12}tensorboard --logdir {relative(run_dir)}")
-
-
-def relative(path: Path) -> str:
-    """The path as a person would type it from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def main() -> None:

@@ -1,0 +1,37 @@
+"""What the machine has, and what is made of it."""
+
+import pytest
+import torch
+from conftest import needs_compiler
+
+from vit_lightning.config import InputError, ModelConfig, TrainerConfig
+from vit_lightning.machine import check_accelerator, compile_network
+from vit_lightning.model import ViT
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_an_accelerator_that_is_not_there_is_refused():
+    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu: torch finds none here; use trainer"):
+        check_accelerator(TrainerConfig(accelerator="gpu"))
+
+
+def test_a_precision_that_the_accelerator_lacks_is_refused():
+    with pytest.raises(InputError, match=r"needs a GPU; on the CPU use trainer\.precision=bf16-mixed"):
+        check_accelerator(TrainerConfig(accelerator="cpu", precision="16-mixed"))
+    check_accelerator(TrainerConfig(accelerator="cpu", precision="bf16-mixed"))
+
+
+@needs_compiler
+def test_a_compiled_network_is_compiled_and_gives_the_same_logits(capsys):
+    config = ModelConfig(
+        image_size=6, patch_size=3, channels=1, num_classes=7, embed_dim=8, heads=2, layers=2, mlp_head_units=[11]
+    )
+    net = ViT(config).eval()
+    images = torch.randn(5, 1, 6, 6)
+    with torch.inference_mode():
+        eager = net(images)
+        compile_network(net, torch.device("cpu"))
+        compiled = net(images)
+    assert capsys.readouterr().err == ""
+    assert net._compiled_call_impl is not None
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)

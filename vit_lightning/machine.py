@@ -1,0 +1,64 @@
+"""What this machine has, and how a run uses it: accelerator, memory, compiler, and what is said about them."""
+
+import ctypes
+import logging
+import sys
+import warnings
+
+import torch
+from torch import nn
+
+from vit_lightning.config import InputError, TrainerConfig
+
+
+def check_accelerator(trainer: TrainerConfig) -> None:
+    """Refuse an accelerator that is not there, and a precision it does not have.
+
+    Raises:
+        InputError: if so.
+    """
+    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(trainer.accelerator, True):
+        instead = "trainer.accelerator=mps" if there["mps"] else "trainer=cpu"
+        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
+    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
+        raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
+
+
+def spare_memory_work() -> None:
+    """Spare a training step two kinds of work on memory that change no result.
+
+    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed,
+    a sixth of a step on two cores: here it keeps them. Other C libraries are left as they are. And torch, when asked
+    for deterministic kernels, fills all fresh memory, which repeats nothing that these kernels do not repeat anyway.
+    """
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
+        mallopt(trim_threshold, -1)  # never
+
+
+def compile_network(net: nn.Module, device: torch.device) -> None:
+    """Have ``net`` compiled in place at its first use, so that its parameters keep their names; or say why not."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CPU has no CUDA is no news
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # whatever a compiler that is missing or broken makes of it
+        [reason, *_] = str(error).strip().splitlines() or [repr(error)]
+        print(f"compile=true: torch cannot compile here ({reason}); training goes on without", file=sys.stderr)
+    else:
+        net.compile()
+
+
+def quiet_lightning() -> None:
+    """Silence what Lightning says of every run here and what is not so here."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
+        ".*smaller than the logging interval",  # the curves go on across epochs
+        ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
+        ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
