@@ -12,6 +12,9 @@ from vit_lightning import cli
 from vit_lightning.config import Config, DataConfig
 
 CONF = Path(__file__).parent.parent / "conf"
+TRAINER = dict(  # of a Trainer that writes and prints nothing
+    accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+)
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"

@@ -5,15 +5,13 @@ from dataclasses import asdict
 import lightning as L
 import pytest
 import torch
+from conftest import TRAINER
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch.utils.data import DataLoader, TensorDataset
 
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import ModelConfig, OptimConfig
 
-TRAINER = dict(
-    accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
-)
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*logging interval")
 
 

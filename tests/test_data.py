@@ -1,15 +1,17 @@
 """Splits, batches and the transforms' place in the LightningDataModule."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import lightning as L
 import pytest
 import torch
+from conftest import TRAINER, composed
 from torch import nn
 from torch.utils.data import random_split
 from torchvision.transforms import v2
 
 from vit_lightning.augment import eval_transform
+from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig
 from vit_lightning.data import BatchIndices, ImageData, follow_data, split_indices
 from vit_lightning.sources import ImageArrays
@@ -130,6 +132,38 @@ def test_a_batch_larger_than_the_training_set_is_refused(folder_config):
         data_module(replace(folder_config, batch_size=28))
 
 
+def test_a_crop_as_wide_as_the_images_is_refused(folder_config):
+    with pytest.raises(InputError, match=r"augment\.crop=8 must be less than the images' 8 pixels"):
+        ImageData(folder_config, AugmentConfig(crop=8), 12).setup()
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*logging interval")
+def test_mixed_labels_are_probabilities_in_training_alone(folder_config):
+    """Through the Trainer: the loss and the metrics of a run take them too."""
+    config = composed("data=digits", "augment.cutmix=1", "model.image_size=8", "model.patch_size=4")
+    seen: dict[str, list[torch.Tensor]] = {"train": [], "val": []}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            seen["train"].append(batch[1])
+
+        def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+            seen["val"].append(batch[1])
+
+    data = ImageData(folder_config, config.augment, 8)
+    data.setup()
+    config = follow_data(config, data)
+    classifier = ViTClassifier(asdict(config.model), asdict(config.optim), data.class_names, [0.5] * 3, [0.25] * 3)
+    trainer = L.Trainer(**TRAINER, max_epochs=1, callbacks=[Keep()])
+    trainer.fit(classifier, data)
+    for targets in seen["train"]:
+        assert targets.shape == (5, 3)
+        torch.testing.assert_close(targets.sum(1), torch.ones(5))
+    assert any(((targets > 0) & (targets < 1)).any() for targets in seen["train"])
+    assert all(labels.dtype == torch.int64 and labels.ndim == 1 for labels in seen["val"])
+    assert 0 <= trainer.callback_metrics["train/acc"] <= 1
+
+
 def test_classes_and_channels_follow_the_data(folder_config):
     data = data_module(folder_config)
     for model in (ModelConfig(), ModelConfig(num_classes=3, channels=3)):
@@ -168,15 +202,7 @@ class Keeper(L.LightningModule):
 def test_a_trainer_augments_training_batches_alone_and_gives_each_epoch_an_order(folder_config):
     data = ImageData(folder_config, AugmentConfig(rotation=0, flip=1), image_size=12)
     keeper = Keeper()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=2,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+    trainer = L.Trainer(**TRAINER, max_epochs=2, num_sanity_val_steps=0)
     trainer.fit(keeper, data)
 
     train = eval_transform(data.arrays.images["train"], 12, data.mean, data.std).flip(-1)

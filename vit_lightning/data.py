@@ -47,7 +47,7 @@ class ImageData(L.LightningDataModule):
         """Open the arrays and split them.
 
         Raises:
-            InputError: if the source cannot be read, or is too small for the split or the batch size.
+            InputError: if the source cannot be read, or is too small for the split, the batch size or the crop.
         """
         if self.arrays is not None:
             return
@@ -57,6 +57,9 @@ class ImageData(L.LightningDataModule):
             raise InputError(
                 f"data.batch_size={self.config.batch_size} exceeds the {len(self.indices['train'])} training images"
             )
+        side = arrays.images["train"].shape[-1]
+        if self.augment.crop >= side:
+            raise InputError(f"augment.crop={self.augment.crop} must be less than the images' {side} pixels")
         self.mean = torch.tensor(arrays.mean)
         self.std = torch.tensor(arrays.std)
         self.class_names = arrays.class_names

@@ -28,9 +28,9 @@ def check_accelerator(trainer: TrainerConfig) -> None:
 def spare_memory_work() -> None:
     """Spare a training step two kinds of work on memory that change no result.
 
-    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed,
-    a sixth of a step on two cores: here it keeps them. Other C libraries are left as they are. And torch, when asked
-    for deterministic kernels, fills all fresh memory, which repeats nothing that these kernels do not repeat anyway.
+    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed:
+    here it keeps them. Other C libraries are left as they are. And torch, when asked for deterministic kernels, fills
+    all fresh memory, which repeats nothing that these kernels do not repeat anyway.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None

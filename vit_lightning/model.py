@@ -25,10 +25,10 @@ NORM_EPS = 1e-6
 class Dropout(nn.Dropout):
     """:class:`torch.nn.Dropout`, whose mask costs a CPU little.
 
-    The stock mask draws one random number for each element, one after the other, a sixth of a training step on two
-    cores. Here each 64-bit word from the same generator gives four mask values of 16 bits: the share dropped is ``p``
-    rounded to a multiple of 2⁻¹⁶, and what is kept is scaled by exactly what that rounding left. Other devices
-    take the stock one, and so does a compiled network, whose random numbers are no longer drawn one after the other.
+    The stock mask draws one random number for each element, one after the other. Here each 64-bit word from the same
+    generator gives four mask values of 16 bits: the share dropped is ``p`` rounded to a multiple of 2⁻¹⁶, and what is
+    kept is scaled by exactly what that rounding left. Other devices take the stock one, and so does a compiled
+    network, whose random numbers are no longer drawn one after the other.
     """
 
     def forward(self, x: Tensor) -> Tensor:
