@@ -72,9 +72,8 @@ class EpochRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images["train"] += len(batch[1])
-        if (
-            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
-        ):  # before validation takes its time
+        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
+            # Before validation takes its time.
             self._train_seconds = now() - self._epoch_start
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

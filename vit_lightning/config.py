@@ -325,7 +325,7 @@ class BenchmarkConfig:
         warmup: steps before each measurement that are not counted; more than loader workers prefetch.
     """
 
-    rounds: int = 5
+    rounds: int = 9
     steps: int = 20
     warmup: int = 10
 

@@ -53,7 +53,7 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
     data.setup()
     if name == OURS:
         MEASURES["training"] = lambda: trainer_speed(config, data)
-        MEASURES["input pipeline"] = speed(lambda *_: None, our_batches(config, data, device), config.benchmark)
+        MEASURES["input pipeline"] = speed(lambda *_: None, our_batches(config, data, device), longer(config.benchmark))
         MEASURES["inference"] = inference(ViT(config.model), config, data, device)
         MEASURES["matrix products"] = lambda: matmul_rate(device)
         for axis, models in sizes(config.model).items():
@@ -66,7 +66,8 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
         MEASURES["training"] = lambda: loader_speed(step, config, data, device)
         MEASURES["inference"] = inference(TutorialViT(config.model), config, data, device)
     elif name == PIL:
-        MEASURES["input pipeline"] = lambda: loader_speed(lambda *_: None, config, data, device, workers=1)
+        more = replace(config, benchmark=longer(config.benchmark))
+        MEASURES["input pipeline"] = lambda: loader_speed(lambda *_: None, more, data, device, workers=1)
     else:  # batches are transformed already, and the loop is a plain one, without Lightning and metrics
         step = plain_step(library(name, config.model).to(device))
         MEASURES["training"] = speed(step, ready_batches(config, data, device), config.benchmark)
@@ -190,6 +191,11 @@ def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
     ordered = {name: time / total for name, time in sorted(times.items(), key=lambda item: -item[1])}
     large = {name: share for name, share in ordered.items() if share >= 0.01}
     return {**large, "rest": 1 - sum(large.values())}
+
+
+def longer(timing: BenchmarkConfig) -> BenchmarkConfig:
+    """For steps without a network, so short that any pause of the machine would drown them."""
+    return replace(timing, steps=20 * timing.steps)
 
 
 def speed(step: Step, batches: Batches, timing: BenchmarkConfig) -> Measure:

@@ -4,6 +4,7 @@
 that a mistake in it is reported at once.
 """
 
+import contextlib
 import json
 import sys
 from dataclasses import asdict, replace
@@ -48,7 +49,8 @@ def train(config: Config, run_dir: Path) -> float:
     checkpoint = None
     if config.resume is not None:
         checkpoint, config = interrupted_run(config)
-        run_dir.rmdir()
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
         run_dir = checkpoint.parent.parent
     elif (run_dir / "config.yaml").exists():
         cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
