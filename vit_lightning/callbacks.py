@@ -10,7 +10,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from vit_lightning.data import epoch_seed
 from vit_lightning.figures import draw_curves
 
 METRICS = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
@@ -126,20 +125,6 @@ class EpochRecorder(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
-
-
-class SeedEpochs(Callback):
-    """Seeds the random numbers of each epoch anew, so that a run resumed between two epochs repeats the uninterrupted.
-
-    Args:
-        seed: of the run.
-    """
-
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        torch.manual_seed(epoch_seed(self.seed, trainer.current_epoch, "training"))
 
 
 class StopAtTarget(Callback):

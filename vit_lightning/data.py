@@ -26,7 +26,7 @@ class ImageData(L.LightningDataModule):
         data: source, split and batches.
         augment: random transforms of the training images.
         image_size: S, in pixels.
-        seed: seed of the order of the training images.
+        seed: seed of the order of the training images, and of what is random in a step.
     """
 
     def __init__(self, data: DataConfig, augment: AugmentConfig, image_size: int, seed: int = 0) -> None:
@@ -86,6 +86,8 @@ class ImageData(L.LightningDataModule):
         images, labels = batch
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         if self.trainer is not None and self.trainer.training:
+            # Augmentation and dropout of a step follow from its number alone, so that a resumed run repeats them.
+            torch.manual_seed(derived_seed(self.seed, self.trainer.global_step, "step"))
             images = train_transform(images, self.image_size, mean, std, self.augment)
             if self.augment.mixup or self.augment.cutmix:
                 return mix(images, labels, len(self.class_names), self.augment)
@@ -210,11 +212,11 @@ class BatchIndices(Sampler[Tensor]):
     def __iter__(self) -> Iterator[Tensor]:
         order = self.indices
         if self.shuffle:
-            generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch, "order"))
+            generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
             order = order[torch.randperm(len(order), generator=generator)]
         yield from order.split(self.batch_size)[: len(self)]
 
 
-def epoch_seed(seed: int, epoch: int, use: str) -> int:
-    """A seed for one use in one epoch of a run, which has nothing in common with those of others."""
-    return int(np.random.SeedSequence([seed, epoch, *use.encode()]).generate_state(1, np.uint64)[0]) >> 1
+def derived_seed(seed: int, number: int, use: str) -> int:
+    """A seed for one use of one epoch or step of a run, which has nothing in common with those of others."""
+    return int(np.random.SeedSequence([seed, number, *use.encode()]).generate_state(1, np.uint64)[0]) >> 1

@@ -36,7 +36,7 @@ def train(config: Config, run_dir: Path) -> float:
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder, SeedEpochs, StopAtTarget
+    from vit_lightning.callbacks import METRICS, EpochRecorder, StopAtTarget
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData, follow_data
     from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
@@ -77,7 +77,7 @@ def train(config: Config, run_dir: Path) -> float:
     best = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc", mode="max")
     # Lightning's own save_last saves only when the best was saved.
     last = ModelCheckpoint(run_dir / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
-    callbacks: list[L.Callback] = [SeedEpochs(config.seed), recorder, best, last, LearningRateMonitor("step")]
+    callbacks: list[L.Callback] = [recorder, best, last, LearningRateMonitor("step")]
     if config.optim.ema:
         callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
