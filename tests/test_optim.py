@@ -146,26 +146,22 @@ def test_constant_is_constant():
     assert rates(OptimConfig(lr=0.5), 7) == [0.5] * 7
 
 
-def test_cosine_is_torchs():
+@pytest.mark.parametrize(
+    ("schedule", "torchs"),
+    [
+        ("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)),
+        ("linear", lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)),
+    ],
+)
+def test_schedules_are_torchs(schedule, torchs):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)
+    theirs = torchs(optimizer)
     expected = []
     for _ in range(20):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        torchs.step()
-    assert rates(OptimConfig(lr=0.5, schedule="cosine"), 20) == pytest.approx(expected)
-
-
-def test_linear_is_torchs():
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    torchs = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)
-    expected = []
-    for _ in range(20):
-        expected.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        torchs.step()
-    assert rates(OptimConfig(lr=0.5, schedule="linear"), 20) == pytest.approx(expected)
+        theirs.step()
+    assert rates(OptimConfig(lr=0.5, schedule=schedule), 20) == pytest.approx(expected)
 
 
 def test_warmup_rises_linearly_to_the_peak():
