@@ -59,6 +59,12 @@ def test_the_blog_experiment_is_the_spec_to_the_letter():
     assert (config.optim.schedule, config.optim.warmup) == ("constant", 0.0)
 
 
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "ablation").glob("*.yaml")))
+def test_an_ablation_changes_its_experiment(name):
+    base = composed("experiment=ablation")
+    assert (composed("experiment=ablation", f"ablation={name}") == base) == (name == "base")
+
+
 def test_an_experiments_choice_can_be_overridden():
     config = composed("experiment=blog", "data=image_folder", "trainer.max_epochs=3", "model.layers=2")
     assert (config.data.source, config.trainer.max_epochs, config.model.layers) == ("image_folder", 3, 2)
@@ -85,6 +91,9 @@ def test_an_experiments_choice_can_be_overridden():
         ("optim.label_smoothing=1", "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
         ("optim.ema=1", "optim.ema=1.0 must be at least 0 and less than 1"),
         ("trainer.max_time=1h", "trainer.max_time=1h must be written as days:hours:minutes:seconds, 00:01:00:00"),
+        ("optim.clock=epochs", "optim.clock=epochs is not known; choose one of steps, time"),
+        ("optim.clock=time", "optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00"),
+        ("model.stem_depth=-1", "model.stem_depth=-1 must be at least 0"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1.0 must be at least 0"),
         ("target_acc=50", "target_acc=50.0 is a probability: it must lie between 0 and 1"),
         ("data.source=mnist", "data.source=mnist is not known; choose one of cifar100, cifar10, digits, image_folder"),
@@ -128,17 +137,17 @@ def test_an_impossible_value_names_its_key(override, message):
         (["modle=vit"], "modle is not a key; did you mean model?"),
         (["trainer.epochs=3"], "trainer.epochs is not a key; did you mean trainer.max_epochs? ("),
         (["optim.learning_rate=1"], "optim.learning_rate is not a key (optim. has name, lr, "),
-        (["model.depth=4"], "model.depth is not a key (model. has block, image_size"),
+        (["model.width=4"], "model.width is not a key (model. has block, image_size"),
         (["layers=4"], "layers is not a key; did you mean model.layers?"),
         (["hydra.rundir=x"], "hydra.rundir is not a key; --cfg hydra lists Hydra's own"),
         (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
         (["model.layers=abc"], "model.layers=abc: Value 'abc' of type 'str' could not be converted to Integer"),
         (["model.layers=1.5"], "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
         (["seed=null"], "seed=null: field 'seed' is not Optional"),
-        (["model=vitt"], "model=vitt is not known; choose one of blog, conv, vit"),
-        (["experiment=blogg"], "experiment=blogg is not known; choose one of blog, fast, good, quickstart"),
-        (["model=null"], "model=null names no option; choose one of blog, conv, vit"),
-        (["model="], "model= names no option; choose one of blog, conv, vit"),
+        (["model=vitt"], "model=vitt is not known; choose one of blog, conv, conv_large, vit"),
+        (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, blog, fast, good, quickstart"),
+        (["model=null"], "model=null names no option; choose one of blog, conv, conv_large, vit"),
+        (["model="], "model= names no option; choose one of blog, conv, conv_large, vit"),
         (["model.layers"], "model.layers is not a setting that can be read; write model.layers=value"),
         (["data.root=~/x"], "data.root=~/x is not a setting that can be read; quote the value: data.root='\"~/x\"'"),
         (["model.layers=${foo}"], "model.layers: Interpolation key 'foo' not found"),

@@ -217,15 +217,23 @@ def test_attention_pool_is_a_mean_at_first_and_picks_what_scores():
     torch.testing.assert_close(pool(x), x[torch.arange(5), x.sum(-1).argmax(1)])
 
 
-def test_conv_stem_follows_its_stages():
+@pytest.mark.parametrize("depth", [0, 2])
+def test_conv_stem_follows_its_stages(depth):
     torch.manual_seed(0)
-    stem = randomise(ConvStem(3, 8, 20)).eval()
-    assert [stage[0].out_channels for stage in stem] == [5, 10, 20]
+    stem = randomise(ConvStem(3, 8, 20, depth)).eval()
+    assert [stage[0].out_features for stage in stem] == [5, 10, 20]
+    assert [len(stage) - 4 for stage in stem] == [depth, depth, 0]
     images = torch.randn(2, 3, 32, 32)
+
+    def normed(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
+        return F.gelu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
+
     x = images
-    for conv, _, norm, _ in stem:
-        x = F.max_pool2d(F.conv2d(x, conv.weight, padding=1), 2)
-        x = F.gelu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
+    for conv, _, norm, _, *residual in stem:
+        x = normed(F.max_pool2d(F.conv2d(x, conv.weight.view(len(conv.weight), -1, 3, 3), padding=1), 2), norm)
+        for part in residual:
+            weight = part[0].weight.view(x.shape[1], x.shape[1], 3, 3)
+            x = x + normed(F.conv2d(x, weight, padding=1), part[1])
     assert x.shape == (2, 20, 4, 4)
     tokens = stem(images)
     torch.testing.assert_close(tokens, torch.einsum("bdyx->byxd", x).reshape(2, 16, 20), rtol=1e-4, atol=1e-4)

@@ -1,6 +1,7 @@
 """Parameter groups, AdamW and schedules, against torch.optim."""
 
 from copy import deepcopy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -47,20 +48,23 @@ def test_steps_are_those_of_plain_adamw():
 
 def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return nn.functional.cross_entropy(net(torch.randn(4, 1, 6, 6, generator=generator)), torch.arange(4))
+    images = torch.randn(4, 1, net.image_size, net.image_size, generator=generator)
+    return nn.functional.cross_entropy(net(images), torch.arange(4))
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest():
+@pytest.mark.parametrize("model", [SMALL, replace(SMALL, image_size=8, patch_embed="conv", patch_size=4, stem_depth=1)])
+def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model):
     """Against two optimizers of torch's, each stepping by itself."""
     config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, weight_decay=0.1)
     nets = []
     for joined in (True, False):
         torch.manual_seed(0)
-        net = ViT(SMALL)
-        linear = [m for m in net.blocks.modules() if isinstance(m, nn.Linear)]
-        assert len(linear) == 2 * 4
+        net = ViT(model)
+        stem = [m for m in net.patch_embed.children() for m in m.modules() if isinstance(m, nn.Linear)]
+        linear = [*stem, *(m for m in net.blocks.modules() if isinstance(m, nn.Linear))]
+        assert len(linear) == len(stem) + 2 * 4
         matrices = {m.weight for m in linear}
-        decay = [net.patch_embed.weight, *(m.weight for m in net.head if isinstance(m, nn.Linear))]
+        decay = [m.weight for m in (net.patch_embed, *net.head) if isinstance(m, nn.Linear)]
         rest = [p for p in net.parameters() if p not in matrices and not any(p is one for one in decay)]
         groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
         apart = [
@@ -162,6 +166,21 @@ def test_schedules_are_torchs(schedule, torchs):
         optimizer.step()
         theirs.step()
     assert rates(OptimConfig(lr=0.5, schedule=schedule), 20) == pytest.approx(expected)
+
+
+def test_by_time_a_schedule_is_the_same_curve_whatever_the_steps():
+    config = OptimConfig(lr=0.5, schedule="cosine", warmup=0.25)
+    by_step = rates(config, 20)
+    clock = iter([0.0, 0.0, 0.1, 0.5, 0.55, 0.95, 1.0])
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = build_schedule(optimizer, config, 20, elapsed=lambda: next(clock))
+    values = []
+    for _ in range(6):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert values == pytest.approx([by_step[i] for i in (0, 0, 2, 10, 11, 19)])
+    assert optimizer.param_groups[0]["lr"] == 0
 
 
 def test_warmup_rises_linearly_to_the_peak():

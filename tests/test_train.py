@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import composed, needs_compiler, write_folder
+from conftest import CONF, composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -24,7 +24,7 @@ from vit_lightning.augment import eval_transform
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
 from vit_lightning.data import ImageData
-from vit_lightning.train import train
+from vit_lightning.train import flatten, train
 
 SMALL = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 
@@ -229,8 +229,30 @@ def test_multirun_gives_each_job_a_directory(start):
     jobs = sorted(path.parent for path in start.glob("outputs/multirun/*/*/*/summary.json"))
     assert [job.name for job in jobs] == ["0", "1"]
     assert [summary_of(job)["config"]["model"]["layers"] for job in jobs] == [1, 2]
+    assert [summary_of(job)["overrides"].count("model.layers=1") for job in jobs] == [1, 0]
     with (jobs[0] / "metrics.csv").open() as file:
         assert [row["val/acc"] == "" for row in csv.DictReader(file)] == [True, False]
+
+
+def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
+    tiny = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.embed_dim=24", "data.batch_size=64"]
+    where = ["trainer.max_time=00:00:00:01", "hydra.sweep.dir=ablation"]
+    result = command("-m", "experiment=ablation", "ablation=glob([b*,c*])", *tiny, *where, cwd=start)
+    assert result.returncode == 0, result.stderr
+    jobs = {path.parent.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/*/summary.json")}
+    assert jobs.keys() == {path.stem for path in CONF.glob("ablation/[bc]*.yaml")}
+    base = flatten(jobs["base"]["config"])
+    changed = {
+        name: {key for key, value in flatten(job["config"]).items() if value != base[key]} for name, job in jobs.items()
+    }
+    assert changed == {
+        "base": set(),
+        "clip": {"trainer.gradient_clip_val"},
+        "cls": {"model.pool"},
+        "cosine": {"optim.schedule"},
+        "cutmix": {"augment.cutmix"},
+    }
+    assert all(job["images"]["test"] == 0 for job in jobs.values())
 
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
@@ -434,3 +456,31 @@ def test_training_stops_in_time_and_is_still_validated_tested_and_kept(start):
     assert len(rows) == summary["epochs"] < 100000
     assert all(row["val/acc"] for row in rows)
     assert "test" in result.stdout
+
+
+def test_by_time_a_schedule_ends_with_the_time(start):
+    arguments = ["trainer.max_epochs=100000", "trainer.max_time=00:00:00:03", "optim.clock=time", "test=false"]
+    run, result = trained("experiment=quickstart", *SMALL, *arguments, cwd=start)
+    rates = [float(row["lr"]) for row in rows_of(run)]
+    assert max(rates) > 1e-3
+    assert rates[-1] < 2e-4
+    assert result.stdout.count(" s left") == len(rates)  # of three, whatever 100,000 epochs would take
+    assert rates == sorted(rates[: rates.index(max(rates))]) + sorted(rates[rates.index(max(rates)) :], reverse=True)
+
+
+def test_time_may_be_over_within_the_first_epoch(start):
+    arguments = ["data.batch_size=1", "trainer.max_time=00:00:00:01", "trainer.max_epochs=9"]
+    run, _ = trained("experiment=quickstart", *arguments, cwd=start)
+    [row] = rows_of(run)
+    summary = summary_of(run)
+    assert summary["samples_seen"] == summary["images"]["train"] < 1149
+    assert summary["samples_seen"] / float(row["train/images_per_second"]) < float(row["seconds"])
+
+
+def test_the_test_images_can_be_left_alone(start):
+    run, result = trained("experiment=quickstart", *SMALL, "trainer.max_epochs=1", "test=false", cwd=start)
+    summary = summary_of(run)
+    assert summary["images"]["test"] == 0
+    assert not [name for name in summary["metrics"] if name.startswith("test")]
+    assert "│ validation │" in result.stdout
+    assert "│ test" not in result.stdout

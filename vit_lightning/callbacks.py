@@ -1,6 +1,7 @@
 """What is measured, kept and printed during training."""
 
 import csv
+import math
 import statistics
 import time
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 from vit_lightning.figures import draw_curves
 
@@ -61,6 +62,7 @@ class EpochRecorder(Callback):
         self.images["train"] = 0
         self._validated = False
         self._epoch_start = now()
+        self._epoch_end: float | None = None  # before validation takes its time
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -71,13 +73,11 @@ class EpochRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self.images["train"] += len(batch[1])
-        if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop:
-            # Before validation takes its time.
-            self._train_seconds = now() - self._epoch_start
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["val"] = 0
         self._validated = True
+        self._epoch_end = now()
 
     def on_validation_batch_end(
         self,
@@ -103,12 +103,13 @@ class EpochRecorder(Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.samples_seen += self.images["train"]
+        train_seconds = (self._epoch_end or now()) - self._epoch_start
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "seconds": time.perf_counter() - self._start,
             "lr": self._lr,
-            "train/images_per_second": self.images["train"] / self._train_seconds,
+            "train/images_per_second": self.images["train"] / train_seconds,
         }
         for name in METRICS:
             if self._validated or not name.startswith("val/"):  # else a value of an earlier epoch
@@ -117,7 +118,9 @@ class EpochRecorder(Callback):
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
         pl_module.log("train/images_per_second", row["train/images_per_second"])
-        print(describe_epoch(row, trainer.max_epochs or 0), flush=True)
+        timer = timer_of(trainer)
+        limit = timer.time_remaining() if timer else None
+        print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.rows:
@@ -145,9 +148,9 @@ class StopAtTarget(Callback):
             trainer.should_stop = True
 
 
-def describe_epoch(row: dict[str, float], epochs: int) -> str:
-    """One line for a log: where training stands, how good, how fast and how long it will take."""
-    left = row["seconds"] / row["epoch"] * (epochs - row["epoch"])
+def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
+    """One line for a log: where training stands, how good, how fast and how long it will take, ``limit`` at most."""
+    left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
     parts = [f"epoch {row['epoch']}/{epochs}"]
     for stage in ("train", "val"):
         if f"{stage}/loss" in row:
@@ -158,6 +161,12 @@ def describe_epoch(row: dict[str, float], epochs: int) -> str:
     parts.append(f"{row['train/images_per_second']:,.0f} images/s")
     parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
     return "  ".join(parts)
+
+
+def timer_of(trainer: L.Trainer) -> Timer | None:
+    """The callback that keeps ``trainer.max_time``, where it is set."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
 
 def now() -> float:

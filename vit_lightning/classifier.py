@@ -1,5 +1,6 @@
 """The LightningModule: a network with its loss, metrics and optimizer."""
 
+from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vit_lightning.callbacks import timer_of
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.model import ViT
 from vit_lightning.optim import build_optimizer, build_schedule
@@ -88,5 +90,15 @@ class ViTClassifier(L.LightningModule):
         """The optimizer, and a schedule that moves with every step."""
         config = OptimConfig(**self.hparams["optim"])
         optimizer = build_optimizer(self.net, config)
-        schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches))
+        elapsed = partial(share_of_time, self.trainer) if config.clock == "time" else None
+        schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches), elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def share_of_time(trainer: L.Trainer) -> float:
+    """How much of the Trainer's ``max_time`` is over: 0 at the start of training, 1 at its end."""
+    timer = timer_of(trainer)
+    assert timer is not None
+    left = timer.time_remaining()
+    assert left is not None
+    return timer.time_elapsed() / (timer.time_elapsed() + left)

@@ -160,7 +160,7 @@ def _unknown_key(key: str, schema: type[Config]) -> str:
         more = f" ({group}. has {', '.join(known[group])})"
     else:
         keys = [f"{group}.{name}" for group, names in known.items() for name in names]
-        keys += [field.name for field in fields(schema)] + ["experiment"]
+        keys += [field.name for field in fields(schema)] + ["experiment", "ablation"]
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""

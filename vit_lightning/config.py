@@ -59,6 +59,7 @@ class ModelConfig:
         image_size: side of the square images the network sees, in pixels.
         patch_embed: ``unfold`` (a linear map of each patch) or ``conv`` (a convolutional stem).
         patch_size: side of a patch, in pixels; divides ``image_size``; for ``conv`` a power of two.
+        stem_depth: residual convolutions after each stage of the convolutional stem but the last.
         position: ``learned`` (a vector for each token) or ``rotary`` (queries and keys turned by their place).
         pool: what the head reads: ``cls`` (a class token), ``mean`` or ``attention`` (a learned mean) of the patches.
         registers: learned tokens that only the blocks use.
@@ -80,6 +81,7 @@ class ModelConfig:
     image_size: int = 72
     patch_embed: str = "unfold"
     patch_size: int = 6
+    stem_depth: int = 0
     position: str = "learned"
     pool: str = "cls"
     registers: int = 0
@@ -102,6 +104,7 @@ class ModelConfig:
         _one_of("learned", "rotary", model__position=self.position)
         _one_of("cls", "mean", "attention", model__pool=self.pool)
         _at_least(0, model__registers=self.registers, model__layer_scale=self.layer_scale)
+        _at_least(0, model__stem_depth=self.stem_depth)
         _at_least(1, model__image_size=self.image_size, model__patch_size=self.patch_size)
         _at_least(1, model__channels=self.channels, model__num_classes=self.num_classes)
         _at_least(1, model__embed_dim=self.embed_dim, model__layers=self.layers, model__heads=self.heads)
@@ -223,14 +226,16 @@ class OptimConfig:
     """The loss, the optimizer, its schedule and the average of the weights (``optim.…``).
 
     Attributes:
-        name: ``adamw``, or ``muon`` for the blocks' matrices and AdamW for the rest.
+        name: ``adamw``, or ``muon`` for the matrices of the blocks and of a convolutional stem and AdamW for the rest.
         lr: AdamW's peak learning rate.
         muon_lr: Muon's, before its scaling by a matrix's shape.
         weight_decay: decoupled weight decay.
         betas: AdamW's two averaging coefficients.
         decay_all: whether norms, biases, the class token and the position embedding decay too.
-        schedule: ``constant``, or ``cosine`` or ``linear`` down to zero at the last step.
-        warmup: share of the run's steps over which the learning rate first rises linearly from zero.
+        schedule: ``constant``, or ``cosine`` or ``linear`` down to zero at the end of the run.
+        warmup: share of the run over which the learning rate first rises linearly from zero.
+        clock: what the schedule goes by: ``steps`` of all epochs, or ``time``, so that a run is whole after
+            ``trainer.max_time`` on any machine (and no longer repeats bit for bit).
         label_smoothing: share of a label that is spread over all classes, in training.
         ema: decay of an exponential moving average of the weights, which is then what is validated, tested and kept;
             it warms up over the first steps. 0 for none.
@@ -244,12 +249,14 @@ class OptimConfig:
     decay_all: bool = False
     schedule: str = "constant"
     warmup: float = 0.0
+    clock: str = "steps"
     label_smoothing: float = 0.0
     ema: float = 0.0
 
     def __post_init__(self) -> None:
         _one_of("adamw", "muon", optim__name=self.name)
         _one_of("constant", "cosine", "linear", optim__schedule=self.schedule)
+        _one_of("steps", "time", optim__clock=self.clock)
         _at_least(0, optim__lr=self.lr, optim__muon_lr=self.muon_lr, optim__weight_decay=self.weight_decay)
         _fraction(optim__warmup=self.warmup, optim__label_smoothing=self.label_smoothing, optim__ema=self.ema)
         if len(self.betas) != 2:
@@ -343,6 +350,10 @@ class Config:
         target_acc: training stops when ``val/acc`` has reached this and ``val/acc5`` reached ``target_acc5``, both in
             [0, 1]; ``None`` for no target.
         target_acc5: likewise.
+        checkpoint: a trained network to start from: ``pretrained``, the directory of a run, or a file. ``model.…`` must
+            name its shape; positions are resized to ``model.image_size``, and for other classes the head is new.
+        test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
+            compared with each other, so that the test images choose nothing.
         resume: directory of a run that was interrupted, to go on with it, with its configuration, after its last epoch.
         compile: whether ``torch.compile`` compiles the network first, for seconds to minutes; checkpoints stay as
             they are. Where there is no compiler, a message says so and the run goes on without.
@@ -356,12 +367,16 @@ class Config:
     seed: int = 0
     target_acc: float | None = None
     target_acc5: float | None = None
+    checkpoint: str | None = None
+    test: bool = True
     resume: str | None = None
     compile: bool = False
 
     def __post_init__(self) -> None:
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         _seed(seed=self.seed)
+        if self.optim.clock == "time" and self.trainer.max_time is None:
+            raise InputError("optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00")
 
 
 @dataclass(slots=True)

@@ -212,23 +212,47 @@ class PatchEmbed(nn.Linear):
         return super().forward(patchify(images, self.patch_size))
 
 
+class Conv(nn.Linear):
+    """A 3 × 3 convolution without bias, whose weight is a matrix (out, in · 9), as Muon wants it."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(before * 9, after, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, before, h, w) to (B, after, h, w)."""
+        return F.conv2d(x, self.weight.unflatten(1, (-1, 3, 3)), padding=1)
+
+
+class ResidualConv(nn.Sequential):
+    """A 3 × 3 convolution, batch norm and GELU beside the identity (He et al., 2016, arXiv:1512.03385, section 3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(Conv(width, width), nn.BatchNorm2d(width), nn.GELU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, width, h, w) to the same."""
+        return x + super().forward(x)
+
+
 class ConvStem(nn.Sequential):
     """Halves the image with a 3 × 3 convolution, max-pooling, batch norm and GELU until a pixel is a token.
 
     After Hassani et al., 2021 (https://arxiv.org/abs/2104.05704, section 3.3), with a norm; pooling comes before it,
-    at a quarter of the cost. The width doubles from stage to stage, up to D.
+    at a quarter of the cost. The width doubles from stage to stage, up to D. After each stage but the last,
+    ``depth`` residual convolutions may follow.
     """
 
-    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
+    def __init__(self, channels: int, patch_size: int, dim: int, depth: int) -> None:
         stages = patch_size.bit_length() - 1
         widths = [channels, *(dim >> stage for stage in reversed(range(stages)))]
         super().__init__(
             *(
                 nn.Sequential(
-                    nn.Conv2d(before, after, 3, padding=1, bias=False),
+                    Conv(before, after),
                     nn.MaxPool2d(2),
                     nn.BatchNorm2d(after),
                     nn.GELU(),
+                    *(ResidualConv(after) for _ in range(depth if after < dim else 0)),
                 )
                 for before, after in itertools.pairwise(widths)
             )
@@ -274,8 +298,11 @@ class ViT(nn.Module):
         self.pool = config.pool
         D = config.embed_dim
         side = config.image_size // config.patch_size
-        embed = {"unfold": PatchEmbed, "conv": ConvStem}[config.patch_embed]
-        self.patch_embed = embed(config.channels, config.patch_size, D)
+        self.patch_embed = (
+            ConvStem(config.channels, config.patch_size, D, config.stem_depth)
+            if config.patch_embed == "conv"
+            else PatchEmbed(config.channels, config.patch_size, D)
+        )
         first = int(config.pool == "cls")  # tokens before the patches
         self.cls_token = _tokens(first, D)
         self.registers = _tokens(config.registers, D)

@@ -10,20 +10,21 @@ from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from vit_lightning.config import OptimConfig
+from vit_lightning.model import Conv
 
 
 def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101) in PyTorch's fused form, or Muon with it.
 
     Unless ``config.decay_all``, only the matrices of linear layers and convolutions decay: norms, biases, tokens and
-    position embedding do not. With ``config.name=muon`` the matrices of the blocks belong to Muon
-    (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
+    position embedding do not. With ``config.name=muon`` the matrices of the blocks and of a convolutional stem belong
+    to Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
     """
-    matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear)}
     muon = {
         id(m.weight)
         for name, m in net.named_modules()
-        if config.name == "muon" and name.startswith("blocks.") and isinstance(m, nn.Linear)
+        if config.name == "muon" and (isinstance(m, Conv) or (isinstance(m, nn.Linear) and name.startswith("blocks.")))
     }
     decay = [p for p in net.parameters() if (config.decay_all or id(p) in matrices) and id(p) not in muon]
     rest = [p for p in net.parameters() if not (config.decay_all or id(p) in matrices)]
@@ -35,8 +36,8 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
     adamw = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
     if not muon:
         return adamw
-    blocks = [p for p in net.parameters() if id(p) in muon]
-    return Joined(adamw, Muon(blocks, lr=config.muon_lr, weight_decay=config.weight_decay))
+    inner = [p for p in net.parameters() if id(p) in muon]
+    return Joined(adamw, Muon(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
 
 
 class Joined(Optimizer):
@@ -71,17 +72,22 @@ class Joined(Optimizer):
         self.param_groups = [group for part in self.parts for group in part.param_groups]
 
 
-def build_schedule(optimizer: Optimizer, config: OptimConfig, steps: int) -> LambdaLR:
-    """The learning rate by step: a linear warm-up, then constant, or a cosine or line down to zero after the last step.
+def build_schedule(
+    optimizer: Optimizer, config: OptimConfig, steps: int, elapsed: Callable[[], float] | None = None
+) -> LambdaLR:
+    """The learning rate by step: a linear warm-up, then constant, or a cosine or line down to zero at the run's end.
 
     Args:
         optimizer: its learning rates are scaled.
         config: the schedule's shape.
         steps: optimizer steps of the whole run.
+        elapsed: gives the share of the run that is over, where time is to count and not steps.
     """
     warmup = round(config.warmup * steps)
 
-    def factor(step: int) -> float:
+    def factor(step: float) -> float:
+        if elapsed is not None:
+            step = elapsed() * steps
         if step < warmup:
             return (step + 1) / warmup
         if config.schedule == "constant":

@@ -37,6 +37,7 @@ def train(config: Config, run_dir: Path) -> float:
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vit_lightning.callbacks import METRICS, EpochRecorder, StopAtTarget
+    from vit_lightning.checkpoint import start_from
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData, follow_data
     from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
@@ -46,12 +47,12 @@ def train(config: Config, run_dir: Path) -> float:
     quiet_lightning()
     spare_memory_work()
 
-    checkpoint = None
+    interrupted = None
     if config.resume is not None:
-        checkpoint, config = interrupted_run(config)
+        interrupted, config = interrupted_run(config)
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
-        run_dir = checkpoint.parent.parent
+        run_dir = interrupted.parent.parent
     elif (run_dir / "config.yaml").exists():
         cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
         raise InputError(f"{relative(run_dir)} holds another run; {cure}")
@@ -69,6 +70,8 @@ def train(config: Config, run_dir: Path) -> float:
         mean=data.mean.tolist(),
         std=data.std.tolist(),
     )
+    if config.checkpoint is not None and interrupted is None:
+        start_from(classifier, config.checkpoint)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     show_patches(data, config.model.patch_size, run_dir / "patches.png")
 
@@ -100,10 +103,10 @@ def train(config: Config, run_dir: Path) -> float:
         compile_network(classifier.net, trainer.strategy.root_device)
 
     try:
-        trainer.fit(classifier, data, ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(classifier, data, ckpt_path=interrupted, weights_only=True)
         # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
         classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-        [test] = trainer.test(classifier, datamodule=data, verbose=False)
+        [test] = trainer.test(classifier, datamodule=data, verbose=False) if config.test else [{}]
     except SystemExit:  # Lightning's answer to Ctrl-C
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
         sys.exit(130)
@@ -245,6 +248,8 @@ def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> No
     for column in ("", "images", "loss", "top-1", "top-5"):
         table.add_column(column, justify="right" if column else "left")
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        if f"{split}/acc" not in summary["metrics"]:
+            continue  # test=false
         loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
         table.add_row(name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}")
     console.print(table)

@@ -1,0 +1,154 @@
+"""Trained networks: opened from what a run leaves, published as safetensors, and started from."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TRAINER, composed, write_folder
+from PIL import Image
+from safetensors.torch import load_file
+
+from vit_lightning.checkpoint import load_classifier, publish, resize_positions, start_from
+from vit_lightning.classifier import ViTClassifier
+from vit_lightning.config import InputError, ModelConfig, OptimConfig
+from vit_lightning.train import train
+
+MODEL = ModelConfig(
+    image_size=8, patch_size=2, patch_embed="conv", channels=3, num_classes=4, embed_dim=8, layers=2, mlp_head_units=[]
+)
+
+
+def classifier(seed: int = 0, classes: str = "abcd", **model) -> ViTClassifier:
+    torch.manual_seed(seed)
+    config = replace(MODEL, **{"num_classes": len(classes), **model})
+    module = ViTClassifier(asdict(config), asdict(OptimConfig()), list(classes), [0.5] * 3, [0.25] * 3)
+    module.net.train()(torch.randn(8, 3, config.image_size, config.image_size))  # moves the batch norm's statistics
+    return module.eval()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A directory with a classifier as a run leaves it."""
+    trainer = L.Trainer(**TRAINER)
+    trainer.strategy.connect(classifier())
+    trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    return tmp_path / "run"
+
+
+def test_a_run_its_checkpoint_and_its_published_weights_are_one_classifier(run, tmp_path):
+    images = torch.randn(5, 3, 8, 8)
+    expected = classifier()(images)
+    for checkpoint in (run, run / "checkpoints" / "best.ckpt"):
+        loaded = load_classifier(str(checkpoint))
+        assert not loaded.training
+        assert torch.equal(loaded(images), expected)
+
+    published = tmp_path / "weights.safetensors"
+    publish(load_classifier(str(run)), {"seed": 3}, "as you like", published)
+    assert {value.dtype for value in load_file(published).values()} == {torch.float16, torch.int64}
+    loaded = load_classifier(str(published))
+    assert {value.dtype for value in loaded.parameters()} == {torch.float32}
+    assert loaded.hparams["class_names"] == list("abcd")
+    torch.testing.assert_close(loaded(images), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_a_published_file_tells_what_it_is(tmp_path):
+    from safetensors import safe_open
+
+    publish(classifier(), {"seed": 3, "metrics": {"val/acc": 0.5}}, "as you like", tmp_path / "weights.safetensors")
+    with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["record"])["metrics"] == {"val/acc": 0.5}
+    assert metadata["licence"] == "as you like"
+    assert json.loads(metadata["hparams"])["model"]["layers"] == 2
+
+
+def damaged(path: Path) -> Path:
+    path.write_bytes(b"no weights")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("none", "no file"), ("empty", "no file"), ("bad.ckpt", "holds no"), ("bad.safetensors", "holds no")],
+)
+def test_what_is_no_checkpoint_is_said(tmp_path, name, message):
+    (tmp_path / "empty").mkdir()
+    damaged(tmp_path / "bad.ckpt")
+    damaged(tmp_path / "bad.safetensors")
+    with pytest.raises(InputError, match=f"checkpoint=.*{name}.*{message}") as error:
+        load_classifier(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
+def test_the_same_classes_keep_the_head(run):
+    other = classifier(seed=1)
+    start_from(other, str(run))
+    images = torch.randn(5, 3, 8, 8)
+    assert torch.equal(other(images), classifier()(images))
+
+
+@pytest.mark.parametrize("classes", ["abc", "abce"])
+def test_other_classes_get_a_new_head_on_the_same_network(run, classes):
+    other = classifier(seed=1, classes=classes)
+    head = other.net.head[-1].weight.clone()
+    start_from(other, str(run))
+    assert torch.equal(other.net.head[-1].weight, head)
+    trained = classifier().net.state_dict()
+    for name, value in other.net.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(value, trained[name]), name
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_positions_are_resized(run, tmp_path, pool):
+    torch.manual_seed(0)
+    first = int(pool == "cls")
+    positions = torch.randn(1, first + 16, 8)
+    square = positions[:, first:].transpose(1, 2).reshape(1, 8, 4, 4)
+    square = F.interpolate(square, size=(6, 6), mode="bicubic", antialias=True)
+    resized = resize_positions(positions, 6, first)
+    assert torch.equal(resized[:, :first], positions[:, :first])
+    torch.testing.assert_close(resized[:, first:], square.flatten(2).transpose(1, 2))
+    assert torch.equal(resize_positions(positions, 4, first), positions)
+
+
+def test_a_larger_image_starts_from_a_smaller_ones_network(run):
+    larger = classifier(seed=1, image_size=12)
+    start_from(larger, str(run))
+    assert torch.equal(larger.net.pos_embed, resize_positions(classifier().net.pos_embed, 6, first=1))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ({"layers": 3}, "has model.layers=2, this run 3; set model.layers=2"),
+        ({"embed_dim": 16}, "has model.embed_dim=8, this run 16; set model.embed_dim=8"),
+        ({"patch_embed": "unfold"}, "has model.patch_embed=conv, this run unfold; set model.patch_embed=conv"),
+    ],
+)
+def test_another_shape_is_refused_by_its_key(run, model, message):
+    with pytest.raises(InputError, match=message):
+        start_from(classifier(**model), str(run))
+
+
+def test_fine_tuning_goes_on_from_what_was_learned(tmp_path):
+    """A folder of two classes that differ in colour; its network then meets them under other names."""
+    write_folder(tmp_path / "images", {"ant": (40, 20), "bee": (40, 20)})
+    for image in (tmp_path / "images").glob("*/bee/*.png"):
+        Image.new("RGB", (8, 8), (200, 30, 30)).save(image)
+    common = [
+        *("data=image_folder", f"data.root={tmp_path / 'images'}", f"data.cache_dir={tmp_path / 'cache'}"),
+        *("model=conv", "model.image_size=8", "model.embed_dim=16", "model.heads=2", "model.patch_size=2"),
+        *("model.layers=1", "data.batch_size=8", "trainer.enable_progress_bar=false", "trainer.accelerator=cpu"),
+    ]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    train(composed(*common, "trainer.max_epochs=4", "optim.lr=0.01"), tmp_path / "first")
+    start = f"checkpoint={tmp_path / 'first'}"
+    accuracy = train(composed(*common, start, "trainer.max_epochs=1", "optim.lr=0"), tmp_path / "second")
+    assert accuracy == 1.0  # with nothing learned since

@@ -1,0 +1,121 @@
+"""Trained networks: how they are found, opened and published, and how another network starts from one."""
+
+import json
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vit_lightning.classifier import ViTClassifier
+from vit_lightning.config import InputError
+
+PRETRAINED = Path(__file__).parent / "pretrained.safetensors"  # what experiment=best came to
+# What two networks must share for the weights of one to fit the other; positions and head are made to fit.
+SHAPE = (
+    *("block", "patch_embed", "patch_size", "stem_depth", "position", "pool", "registers", "channels"),
+    *("embed_dim", "layers", "heads", "mlp_dim", "layer_scale"),
+)
+
+
+def load_classifier(checkpoint: str) -> ViTClassifier:
+    """Open a trained classifier, in evaluation mode, on the CPU.
+
+    Args:
+        checkpoint: ``pretrained`` (the weights in this package), the directory of a run (its best checkpoint), or a
+            file: a ``.ckpt`` that a run left or a ``.safetensors`` of :func:`publish`.
+
+    Raises:
+        InputError: if there is no such file, or it holds no classifier of this project.
+    """
+    path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
+    if not path.exists():
+        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory, a .ckpt or pretrained")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                hparams = json.loads(file.metadata()["hparams"])
+                state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            classifier = ViTClassifier(**hparams)
+            classifier.net.load_state_dict(state)  # copies into float32
+        else:
+            classifier = ViTClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, UnpicklingError, KeyError, TypeError, RuntimeError, OSError, EOFError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"checkpoint={checkpoint}: {path} holds no classifier of this project ({reason})") from error
+    return classifier.eval()
+
+
+def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, path: Path) -> None:
+    """Write a classifier's weights at half precision, with what describes them, into one safetensors file.
+
+    Args:
+        classifier: its hyper-parameters (network, class names, normalisation) go along.
+        record: the training run's ``summary.json``.
+        licence: a note on what the weights may be used for.
+        path: the file.
+    """
+    state = {
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in classifier.net.state_dict().items()
+    }
+    hparams = {name: classifier.hparams[name] for name in ("model", "optim", "class_names", "mean", "std")}
+    save_file(state, path, {"hparams": json.dumps(hparams), "record": json.dumps(record), "licence": licence})
+
+
+def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
+    """Give a classifier the weights of a trained one, and its head too where their classes are the same.
+
+    Learned positions are resized to the network's tokens, as in Dosovitskiy et al., 2021
+    (https://arxiv.org/abs/2010.11929, section 3.2).
+
+    Args:
+        classifier: the one to fill.
+        checkpoint: as :func:`load_classifier` takes it.
+
+    Raises:
+        InputError: if the two networks are of different shapes.
+    """
+    trained = load_classifier(checkpoint)
+    theirs, ours = trained.hparams["model"], classifier.hparams["model"]
+    for key in SHAPE:
+        if theirs[key] != ours[key]:
+            raise InputError(
+                f"checkpoint={checkpoint} has model.{key}={theirs[key]}, this run {ours[key]}; "
+                + (f"set model.{key}={theirs[key]}" if key != "channels" else "choose images with as many")
+            )
+    state = trained.net.state_dict()
+    if "pos_embed" in state:
+        side = ours["image_size"] // ours["patch_size"]
+        state["pos_embed"] = resize_positions(state["pos_embed"], side, first=int(ours["pool"] == "cls"))
+    same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
+    if not same_classes or theirs["mlp_head_units"] != ours["mlp_head_units"]:
+        new = classifier.net.state_dict()
+        state = {name: (new if name.startswith("head.") else state)[name] for name in new}
+    classifier.net.load_state_dict(state)
+
+
+def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
+    """Learned positions of a square of patches, for a square of another size (bicubic).
+
+    Args:
+        positions: (1, first + n², D).
+        side: patches along a side of the new square.
+        first: tokens before the patches, whose positions stay as they are.
+
+    Returns:
+        (1, first + side², D).
+    """
+    before, grid = positions[:, :first], positions[:, first:]
+    n = round(grid.shape[1] ** 0.5)
+    if n == side:
+        return positions
+    square = grid.transpose(1, 2).unflatten(2, (n, n))  # (1, D, n, n)
+    square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([before, square.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,91 @@
+"""What the runs of a sweep came to: ``python -m vit_lightning.sweep summary dir=outputs/multirun/…``.
+
+Runs that differ in nothing but their seed are one row: the mean of their results and the standard deviation.
+"""
+
+import csv
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from vit_lightning.cli import relative
+from vit_lightning.config import InputError
+
+COLUMNS = ("runs", "val/acc", "val/acc ±", "val/acc5", "epochs", "seconds", "images/s", "parameters")
+
+
+def summarise(directory: Path) -> list[dict[str, Any]]:
+    """A row for each setting, the best ``val/acc`` first.
+
+    Args:
+        directory: of a sweep; every ``summary.json`` below it is a run.
+
+    Returns:
+        ``setting`` (the overrides that not all runs share, but for the seed) and ``COLUMNS``: accuracies in [0, 1];
+        ``val/acc ±`` is the sample standard deviation, ``None`` of a single run.
+
+    Raises:
+        InputError: if there is no run.
+    """
+    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("**/summary.json"))]
+    if not runs:
+        raise InputError(f"dir={directory} holds no summary.json of a run that came to its end")
+    shared = set.intersection(*(set(run["overrides"]) for run in runs))
+    settings = defaultdict(list)
+    for run in runs:
+        own = [item for item in run["overrides"] if item not in shared and not item.startswith("seed=")]
+        settings[" ".join(own)].append(run)
+    rows = []
+    for setting, group in settings.items():
+        accuracies = [run["metrics"]["val/acc"] for run in group]
+        rows.append(
+            {
+                "setting": setting,
+                "runs": len(group),
+                "val/acc": statistics.mean(accuracies),
+                "val/acc ±": statistics.stdev(accuracies) if len(group) > 1 else None,
+                "val/acc5": statistics.mean(run["metrics"]["val/acc5"] for run in group),
+                "epochs": statistics.mean(run["epochs"] for run in group),
+                "seconds": statistics.mean(run["seconds"] for run in group),
+                "images/s": statistics.mean(run["train/images_per_second"] for run in group),
+                "parameters": group[0]["parameters"],
+            }
+        )
+    return sorted(rows, key=lambda row: -row["val/acc"])
+
+
+def main() -> None:
+    """Print the table of a sweep and write it beside its runs."""
+    try:
+        match sys.argv[1:]:
+            case ["summary", argument] if argument.startswith("dir="):
+                directory = Path(argument.removeprefix("dir=")).expanduser()
+            case _:
+                raise InputError("the command is: python -m vit_lightning.sweep summary dir=DIRECTORY")
+        rows = summarise(directory)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    table = Table(title="Validation, the mean over runs that differ in their seed")
+    table.add_column("setting", overflow="fold")
+    for column in ("runs", "top-1", "±", "top-5", "seconds", "images/s"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
+        spread = "" if row["val/acc ±"] is None else f"{row['val/acc ±']:.1%}"
+        shares = [f"{row['val/acc']:.1%}", spread, f"{row['val/acc5']:.1%}"]
+        table.add_row(row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}")
+    Console().print(table)
+    with (directory / "summary.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ("setting", *COLUMNS))
+        writer.writeheader()
+        writer.writerows(rows)
+    print(f"table  {relative(directory / 'summary.csv')}")
+
+
+if __name__ == "__main__":
+    main()
