@@ -111,6 +111,11 @@ def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
     return config
 
 
+def overrides() -> list[str]:
+    """What the command line, or a sweep for this job of it, set: ``["model.layers=4", "seed=1"]``."""
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
 def relative(path: Path) -> str:
     """The path as a person would type it from here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy", "pillow", "scikit-learn")
 
@@ -20,13 +19,11 @@ def provenance() -> dict[str, Any]:
     """What someone else needs to know to get the same numbers again.
 
     Returns:
-        ``command`` as typed, ``overrides`` (what it set, of a sweep's job what that job set), ``date`` (UTC, ISO
-        8601), ``git_commit`` (with ``+changes`` if the package or ``conf/`` differed from it; ``None`` outside a
-        repository), ``libraries`` (name to version), ``hardware``.
+        ``command`` as typed, ``date`` (UTC, ISO 8601), ``git_commit`` (with ``+changes`` if the package or
+        ``conf/`` differed from it; ``None`` outside a repository), ``libraries`` (name to version), ``hardware``.
     """
     return {
         "command": command(),
-        "overrides": overrides(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
@@ -39,11 +36,6 @@ def command() -> str:
     main = sys.modules["__main__"].__spec__
     program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
     return shlex.join([*program, *sys.argv[1:]])
-
-
-def overrides() -> list[str]:
-    """What the command line, or a sweep for this job of it, set: ``["model.layers=4", "seed=1"]``."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def git_commit() -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import relative, run_command, sections
+from vit_lightning.cli import overrides, relative, run_command, sections
 from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
@@ -114,6 +114,7 @@ def train(config: Config, run_dir: Path) -> float:
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
         **record,
+        "overrides": overrides(),
         "device": str(trainer.strategy.root_device),
         "seed": config.seed,
         "parameters": sum(p.numel() for p in classifier.net.parameters()),
