@@ -145,7 +145,7 @@ def test_an_impossible_value_names_its_key(override, message):
         (["model.layers=1.5"], "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
         (["seed=null"], "seed=null: field 'seed' is not Optional"),
         (["model=vitt"], "model=vitt is not known; choose one of blog, conv, conv_large, vit"),
-        (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, blog, fast, good, quickstart"),
+        (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, best, blog, fast, good"),
         (["model=null"], "model=null names no option; choose one of blog, conv, conv_large, vit"),
         (["model="], "model= names no option; choose one of blog, conv, conv_large, vit"),
         (["model.layers"], "model.layers is not a setting that can be read; write model.layers=value"),
