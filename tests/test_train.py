@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import CONF, composed, needs_compiler, write_folder
+from conftest import composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -237,22 +237,14 @@ def test_multirun_gives_each_job_a_directory(start):
 def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
     tiny = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.embed_dim=24", "data.batch_size=64"]
     where = ["trainer.max_time=00:00:00:01", "hydra.sweep.dir=ablation"]
-    result = command("-m", "experiment=ablation", "ablation=glob([b*,c*])", *tiny, *where, cwd=start)
+    result = command("-m", "experiment=ablation", "ablation=glob([ba*,co*])", *tiny, *where, cwd=start)
     assert result.returncode == 0, result.stderr
     jobs = {path.parent.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/*/summary.json")}
-    assert jobs.keys() == {path.stem for path in CONF.glob("ablation/[bc]*.yaml")}
     base = flatten(jobs["base"]["config"])
     changed = {
         name: {key for key, value in flatten(job["config"]).items() if value != base[key]} for name, job in jobs.items()
     }
-    assert changed == {
-        "base": set(),
-        "clip": {"trainer.gradient_clip_val"},
-        "cls": {"model.pool"},
-        "cosine": {"optim.schedule"},
-        "cutmix": {"augment.cutmix"},
-    }
-    assert all(job["images"]["test"] == 0 for job in jobs.values())
+    assert changed == {"base": set(), "cosine": {"optim.schedule"}}
 
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
@@ -400,17 +392,20 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
         assert ours[key] == theirs[key]
 
 
-def test_what_cannot_be_resumed_is_said(digits, start):
-    run, _ = digits
-    for arguments, message in (
-        ([f"resume={run}"], "came to its end"),
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["resume={run}"], "came to its end"),
         (["resume=nowhere"], "resume=nowhere holds no checkpoints/last.ckpt"),
-        ([f"resume={run}", "optim.lr=1"], "leave other settings out"),
-    ):
-        result = command(*arguments, cwd=start)
-        assert result.returncode == 1
-        assert message in result.stderr
-        assert result.stderr.count("\n") == 1
+        (["resume={run}", "optim.lr=1"], "leave other settings out"),
+    ],
+)
+def test_what_cannot_be_resumed_is_said(digits, tmp_path, arguments, message):
+    run, _ = digits
+    before = (run / "summary.json").read_text()
+    with pytest.raises(InputError, match=message):
+        train(composed(*(argument.format(run=run) for argument in arguments)), tmp_path)
+    assert (run / "summary.json").read_text() == before
 
 
 def test_the_average_of_the_weights_is_what_is_validated_tested_and_kept(start, tmp_path):
@@ -446,26 +441,23 @@ def test_training_stops_at_its_target_and_the_summary_says_when_each_mark_was_pa
     assert list(marks.values()) == sorted(marks.values())
 
 
-def test_training_stops_in_time_and_is_still_validated_tested_and_kept(start):
-    run, result = trained(
-        "experiment=quickstart", *SMALL, "trainer.max_epochs=100000", "trainer.max_time=00:00:00:02", cwd=start
-    )
-    summary = summary_of(run)
-    assert 2 <= summary["seconds"] < 60
-    rows = rows_of(run)
-    assert len(rows) == summary["epochs"] < 100000
-    assert all(row["val/acc"] for row in rows)
-    assert "test" in result.stdout
-
-
-def test_by_time_a_schedule_ends_with_the_time(start):
+def test_by_time_a_schedule_ends_with_the_time_and_the_test_images_can_be_left_alone(start):
     arguments = ["trainer.max_epochs=100000", "trainer.max_time=00:00:00:03", "optim.clock=time", "test=false"]
     run, result = trained("experiment=quickstart", *SMALL, *arguments, cwd=start)
     rates = [float(row["lr"]) for row in rows_of(run)]
     assert max(rates) > 1e-3
     assert rates[-1] < 2e-4
+    peak = rates.index(max(rates))
+    assert rates == sorted(rates[:peak]) + sorted(rates[peak:], reverse=True)
     assert result.stdout.count(" s left") == len(rates)  # of three, whatever 100,000 epochs would take
-    assert rates == sorted(rates[: rates.index(max(rates))]) + sorted(rates[rates.index(max(rates)) :], reverse=True)
+    summary = summary_of(run)
+    assert 3 <= summary["seconds"] < 60
+    assert len(rates) == summary["epochs"] < 100000
+    assert all(row["val/acc"] for row in rows_of(run))
+    assert summary["images"]["test"] == 0
+    assert not [name for name in summary["metrics"] if name.startswith("test")]
+    assert "│ validation │" in result.stdout
+    assert "│ test" not in result.stdout
 
 
 def test_time_may_be_over_within_the_first_epoch(start):
@@ -475,12 +467,3 @@ def test_time_may_be_over_within_the_first_epoch(start):
     summary = summary_of(run)
     assert summary["samples_seen"] == summary["images"]["train"] < 1149
     assert summary["samples_seen"] / float(row["train/images_per_second"]) < float(row["seconds"])
-
-
-def test_the_test_images_can_be_left_alone(start):
-    run, result = trained("experiment=quickstart", *SMALL, "trainer.max_epochs=1", "test=false", cwd=start)
-    summary = summary_of(run)
-    assert summary["images"]["test"] == 0
-    assert not [name for name in summary["metrics"] if name.startswith("test")]
-    assert "│ validation │" in result.stdout
-    assert "│ test" not in result.stdout

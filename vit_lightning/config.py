@@ -350,8 +350,8 @@ class Config:
         target_acc: training stops when ``val/acc`` has reached this and ``val/acc5`` reached ``target_acc5``, both in
             [0, 1]; ``None`` for no target.
         target_acc5: likewise.
-        checkpoint: a trained network to start from: ``pretrained``, the directory of a run, or a file. ``model.…`` must
-            name its shape; positions are resized to ``model.image_size``, and for other classes the head is new.
+        checkpoint: a trained network to start from: the directory of a run, or a file. ``model.…`` must name its
+            shape; positions are resized to ``model.image_size``, and for other classes the head is new.
         test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
             compared with each other, so that the test images choose nothing.
         resume: directory of a run that was interrupted, to go on with it, with its configuration, after its last epoch.
