@@ -1,6 +1,12 @@
-"""Data sets and runs that several test files share."""
+"""Commands, data sets and runs that several test files share."""
 
+import multiprocessing
+import os
+import runpy
 import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +61,41 @@ def folder_config(folder: Path, tmp_path: Path) -> DataConfig:
 @pytest.fixture
 def digits_config(tmp_path: Path) -> DataConfig:
     return DataConfig(source="digits", split="standard", cache_dir=str(tmp_path / "cache"))
+
+
+# Importing torch and its kin takes a command some seconds. Here one process imports them once, and each command is a
+# fork of it: a process as any other, with arguments, directory, streams and exit code of its own.
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch._dynamo", "torchvision", "vit_lightning.checkpoint", "vit_lightning.dashboard"])
+
+
+def command(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    """``python -m vit_lightning.<name>``, as a user types it."""
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [Path(folder) / stream for stream in ("out", "err")]
+        process = SERVER.Process(target=_run, args=(name, arguments, cwd, env or dict(os.environ), streams))
+        process.start()
+        process.join()
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def _run(name: str, arguments: tuple[str, ...], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
+    for number, stream in enumerate(streams, start=1):
+        os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [name, *arguments]
+    runpy.run_module(f"vit_lightning.{name}", run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """The directory of a short run on the digits; what is decoded for it lies beside it, in ``data/cache``."""
+    start = tmp_path_factory.mktemp("digits")
+    small = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
+    result = command(
+        *("train", "experiment=quickstart", "trainer.max_epochs=6", *small, "hydra.run.dir=run"), cwd=start
+    )
+    assert result.returncode == 0, result.stderr
+    return start / "run"

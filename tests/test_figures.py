@@ -27,18 +27,20 @@ BLUE, VERMILION = (0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)
 
 @pytest.mark.parametrize(("epochs", "every"), [(1, 1), (10, 1), (10, 3)])
 def test_curves_show_training_and_validation(tmp_path, epochs, every):
-    draw_curves(rows(epochs, every), tmp_path / "curves.png")
+    draw_curves(rows(epochs, every)).savefig(tmp_path / "curves.png")
     assert has_colour(tmp_path / "curves.png", BLUE)
     assert has_colour(tmp_path / "curves.png", VERMILION)
 
 
 def test_curves_without_validation_yet(tmp_path):
-    draw_curves(rows(2, every=3), tmp_path / "curves.png")
+    draw_curves(rows(2, every=3)).savefig(tmp_path / "curves.png")
     assert has_colour(tmp_path / "curves.png", BLUE)
 
 
 def test_a_loss_that_is_not_finite_can_still_be_drawn(tmp_path):
-    draw_curves([{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": math.nan}], tmp_path / "curves.png")
+    draw_curves([{"epoch": 1, "train/loss": 1.0}, {"epoch": 2, "train/loss": math.nan}]).savefig(
+        tmp_path / "curves.png"
+    )
     assert (tmp_path / "curves.png").exists()
 
 
@@ -51,7 +53,7 @@ def test_the_benchmark_shows_ours_and_the_others(tmp_path):
         "speeds": speeds,
         "step_seconds": {axis: [{axis: n, "median": 0.1 * n} for n in (1, 2)] for axis in ("layers", "tokens")},
     }
-    draw_benchmark(report, tmp_path / "benchmark.png")
+    draw_benchmark(report).savefig(tmp_path / "benchmark.png")
     assert has_colour(tmp_path / "benchmark.png", BLUE)
     assert has_colour(tmp_path / "benchmark.png", VERMILION)
 
@@ -62,6 +64,6 @@ def test_patches_keep_every_colour(tmp_path, channels):
     image = np.zeros((8, 8, channels))
     for index, value in enumerate(colours):
         image[index // 2 * 4 :, index % 2 * 4 :] = value
-    draw_patches(image, 4, "checkers", tmp_path / "patches.png")
+    draw_patches(image, 4, "checkers").savefig(tmp_path / "patches.png")
     for value in colours:
         assert has_colour(tmp_path / "patches.png", (round(255 * value),) * 3)

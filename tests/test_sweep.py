@@ -2,12 +2,11 @@
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import command
 
 from vit_lightning.config import InputError
 from vit_lightning.sweep import COLUMNS, summarise
@@ -54,15 +53,10 @@ def test_a_directory_without_runs_is_said(tmp_path):
         summarise(tmp_path)
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    sweep = [sys.executable, "-m", "vit_lightning.sweep", *arguments]
-    return subprocess.run(sweep, cwd=cwd, capture_output=True, text=True)
-
-
 def test_the_command_prints_the_table_and_keeps_it(tmp_path):
     write_run(tmp_path / "sweep" / "0", ["optim.lr=0.1"], 0.5)
     write_run(tmp_path / "sweep" / "1", ["optim.lr=0.2"], 0.75)
-    result = command("summary", "dir=sweep", cwd=tmp_path)
+    result = command("sweep", "summary", "dir=sweep", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.index("optim.lr=0.2") < result.stdout.index("optim.lr=0.1")
     assert "75.0%" in result.stdout
@@ -80,7 +74,7 @@ def test_the_command_prints_the_table_and_keeps_it(tmp_path):
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, arguments, message):
-    result = command(*arguments, cwd=tmp_path)
+    result = command("sweep", *arguments, cwd=tmp_path)
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")

@@ -16,28 +16,24 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import composed, needs_compiler, write_folder
+from conftest import command, composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vit_lightning.augment import eval_transform
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
+from vit_lightning.dashboard import flatten
 from vit_lightning.data import ImageData
-from vit_lightning.train import flatten, train
+from vit_lightning.train import train
 
 SMALL = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
-
-
-def command(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
-    train = [sys.executable, "-m", "vit_lightning.train", *arguments]
-    return subprocess.run(train, cwd=cwd, capture_output=True, text=True, env=env)
 
 
 def trained(*arguments: str, cwd: Path) -> tuple[Path, subprocess.CompletedProcess]:
     """The run directory of a command that succeeds and says nothing on standard error."""
     before = set(cwd.glob("outputs/*/*"))
-    result = command(*arguments, cwd=cwd)
+    result = command("train", *arguments, cwd=cwd)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     [run] = set(cwd.glob("outputs/*/*")) - before
@@ -86,13 +82,13 @@ def test_the_terminal_tells_results_and_where_the_files_lie(digits):
     assert "epoch 3/3  train loss " in out
     for file in ("checkpoints/best.ckpt", "curves.png", "patches.png", "summary.json"):
         assert f"{run.relative_to(run.parents[2])}/{file}" in out
-    assert f"tensorboard --logdir {run.relative_to(run.parents[2])}" in out
+    assert f"tensorboard --logdir {run.parent.relative_to(run.parents[2])}\n" in out
     assert f"{summary_of(run)['metrics']['test/acc']:.1%}" in out
 
 
 def test_the_parts_parameters_add_up(digits):
     run, out = digits
-    rows = dict(re.findall(r"^│ (\S.*?) +│.*│ +([\d,]+) │$", out, re.M))
+    rows = dict(re.findall(r"^(\S.*?)  .* +([\d,]+)$", out.partition("parameters\n")[2].partition("\nepoch")[0], re.M))
     counts = {name: int(count.replace(",", "")) for name, count in rows.items()}
     total = counts.pop("in all")
     assert sum(counts.values()) == total == summary_of(run)["parameters"]
@@ -163,13 +159,13 @@ def test_tensorboard_shows_the_run(digits):
     events.Reload()
     tags = set(events.Tags()["scalars"])
     expected = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc", "acc5")}
-    assert expected | {"lr-AdamW/pg1", "train/loss_step", "train/images_per_second"} <= tags
+    assert expected | {"optim/lr", "train/loss_step"} <= tags
     assert "hp_metric" not in tags
     for tag in tags:  # TensorBoard drops what lies before a point of an earlier step
         steps = [event.step for event in events.Scalars(tag)]
         assert steps == sorted(steps), tag
     assert len(events.Scalars("val/acc")) == 3
-    assert events.Scalars("best/val/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
+    assert events.Scalars("best/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
     assert yaml.safe_load((run / "hparams.yaml").read_text())["model.layers"] == 2
     assert events.Scalars("test/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
 
@@ -185,7 +181,7 @@ def test_last_is_the_last_epochs_checkpoint_and_best_the_bests(digits):
 def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
     run, _ = digits
     before = (run / "summary.json").read_text()
-    result = command("data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
+    result = command("train", "data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
     assert result.returncode == 1
     cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
     assert result.stderr == f"error: {run.relative_to(start)} holds another run; {cure}\n"
@@ -224,7 +220,7 @@ def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
 
 def test_multirun_gives_each_job_a_directory(start):
     sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.layers=1,2", "trainer.check_val_every_n_epoch=2"]
-    result = command(*sweep, cwd=start)
+    result = command("train", *sweep, cwd=start)
     assert result.returncode == 0, result.stderr
     jobs = sorted(path.parent for path in start.glob("outputs/multirun/*/*/*/summary.json"))
     assert [job.name for job in jobs] == ["0", "1"]
@@ -237,7 +233,7 @@ def test_multirun_gives_each_job_a_directory(start):
 def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
     tiny = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.embed_dim=24", "data.batch_size=64"]
     where = ["trainer.max_time=00:00:00:01", "hydra.sweep.dir=ablation"]
-    result = command("-m", "experiment=ablation", "ablation=glob([ba*,co*])", *tiny, *where, cwd=start)
+    result = command("train", "-m", "experiment=ablation", "ablation=glob([ba*,co*])", *tiny, *where, cwd=start)
     assert result.returncode == 0, result.stderr
     jobs = {path.parent.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/*/summary.json")}
     base = flatten(jobs["base"]["config"])
@@ -249,7 +245,7 @@ def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
     before = set(start.glob("outputs/multirun/*/*"))
-    result = command("-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", cwd=start)
+    result = command("train", "-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", cwd=start)
     assert result.returncode == 1
     for job, heads in ((0, 5), (2, 7)):
         [line] = [line for line in result.stderr.splitlines() if line.startswith(f"job {job} (")]
@@ -333,7 +329,7 @@ def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arg
 def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing(tmp_path):
     """A proxy that is not there stands for a network that is not there."""
     environment = {**os.environ, "https_proxy": "http://127.0.0.1:9"}
-    result = command("data=cifar100", cwd=tmp_path, env=environment)
+    result = command("train", "data=cifar100", cwd=tmp_path, env=environment)
     assert result.returncode == 1
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
@@ -354,7 +350,8 @@ def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
 
 def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    result = command("data=digits", "trainer=debug", *SMALL, "compile=true", cwd=start, env=environment)
+    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", "trainer=debug", *SMALL, "compile=true"]
+    result = subprocess.run(arguments, cwd=start, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     [line] = result.stderr.splitlines()
     assert line.startswith("compile=true: torch cannot compile here (")
@@ -375,7 +372,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
             if line.startswith("epoch 3/4"):  # its checkpoint may be written or not
                 process.kill()
     assert not (run / "summary.json").exists()
-    result = command(f"resume={run}", cwd=start)
+    result = command("train", f"resume={run}", cwd=start)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     for one, other in zip(weights_of(whole).values(), weights_of(run).values(), strict=True):
@@ -456,8 +453,8 @@ def test_by_time_a_schedule_ends_with_the_time_and_the_test_images_can_be_left_a
     assert all(row["val/acc"] for row in rows_of(run))
     assert summary["images"]["test"] == 0
     assert not [name for name in summary["metrics"] if name.startswith("test")]
-    assert "│ validation │" in result.stdout
-    assert "│ test" not in result.stdout
+    assert "\nvalidation  " in result.stdout
+    assert "\ntest  " not in result.stdout
 
 
 def test_time_may_be_over_within_the_first_epoch(start):

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vit_lightning.cli import relative, run_command
+from vit_lightning.cli import run_command
 from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
 
 TRAIN = [sys.executable, "-m", "vit_lightning.train"]
@@ -101,7 +101,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
         "config": asdict(config),
     }
     (run_dir / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw_benchmark(report, run_dir / "benchmark.png")
+    draw_benchmark(report).savefig(run_dir / "benchmark.png")
     show(report, run_dir)
     return report["speeds"]["training"][OURS]["median"] / report["speeds"]["training"][TUTORIAL]["median"]
 
@@ -157,47 +157,35 @@ def spread(values: list[float]) -> dict[str, Any]:
 
 def show(report: dict[str, Any], run_dir: Path) -> None:
     """Print the tables."""
-    from rich.console import Console
-    from rich.table import Table
-
     from vit_lightning.contestants import OURS
+    from vit_lightning.terminal import print_files, print_table
 
-    console = Console()
     for group, contestants in report["speeds"].items():
-        table = Table(title=group, title_justify="left")
-        for column in ("", "images/s", "least to greatest", "ours is faster by"):
-            table.add_column(column, justify="right" if column else "left")
+        rows: list[tuple[str, ...]] = []
         ours = contestants[OURS]["median"]
         for name, speed in sorted(contestants.items(), key=lambda item: -item[1]["median"]):
             ratio = "" if name == OURS else f"{ours / speed['median']:.2f} ×"
-            table.add_row(name, f"{speed['median']:,.0f}", f"{speed['min']:,.0f} – {speed['max']:,.0f}", ratio)
-        console.print(table)
-    table = Table(title="cost of a training step", title_justify="left")
-    for column in ("", "value", "ms", "per image (µs)"):
-        table.add_column(column, justify="right" if column else "left")
+            rows.append((name, f"{speed['median']:,.0f}", f"{speed['min']:,.0f} – {speed['max']:,.0f}", ratio))
+        print_table(group, ("", "images/s", "least to greatest", "ours is faster by"), rows)
+    rows = []
     for axis, points in report["step_seconds"].items():
         for point in points:
             milliseconds = 1000 * point["median"]
             per_image = 1000 * milliseconds / report["config"]["data"]["batch_size"]
-            table.add_row(axis, str(point[axis]), f"{milliseconds:,.1f}", f"{per_image:,.0f}")
-        table.add_section()
-    console.print(table)
-    table = Table(title="where the time of a training step goes", title_justify="left")
-    table.add_column("operator")
-    table.add_column("share", justify="right")
-    for name, share in report["step_shares"].items():
-        table.add_row(name, f"{share:.1%}")
-    console.print(table)
+            rows.append((axis, str(point[axis]), f"{milliseconds:,.1f}", f"{per_image:,.0f}"))
+        rows.append(())
+    print_table("cost of a training step", ("", "value", "ms", "per image (µs)"), rows)
+    shares = [(name, f"{share:.1%}") for name, share in report["step_shares"].items()]
+    print_table("where the time of a training step goes", ("operator", "share"), shares)
     flops, rate = report["training_flops_per_image"], report["matmul_flops_per_second"]["median"]
-    console.print(
+    print(
         f"{flops / 1e9:.3f} GFLOP a training image; matrix products run at {rate / 1e9:,.0f} GFLOP/s; "
         f"{report['share_of_matmul_rate']:.0%} of that is used"
     )
-    console.print(f"peak memory of the train command {report['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"peak memory of the train command {report['peak_memory_bytes'] / 1e9:.2f} GB")
     for name, seconds in report["start_up_seconds"].items():
-        console.print(f"{name} takes {seconds['median']:.2f} s")
-    for name in ("benchmark.json", "benchmark.png"):
-        print(relative(run_dir / name))
+        print(f"{name} takes {seconds['median']:.2f} s")
+    print_files(run_dir / name for name in ("benchmark.json", "benchmark.png"))
 
 
 def main() -> None:

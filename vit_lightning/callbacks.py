@@ -3,6 +3,7 @@
 import csv
 import math
 import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,11 @@ import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
 from vit_lightning.figures import draw_curves
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 METRICS = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
 COLUMNS = ("epoch", "step", "seconds", "lr", *METRICS, "train/images_per_second")
@@ -117,14 +123,15 @@ class EpochRecorder(Callback):
         self.rows.append(row)
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
-        pl_module.log("train/images_per_second", row["train/images_per_second"])
+        pl_module.log("speed/images_per_second", row["train/images_per_second"])
+        pl_module.log("speed/memory_gb", memory() / 1e9)
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
         print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.rows:
-            draw_curves(self.rows, self.run_dir / "curves.png")
+            draw_curves(self.rows).savefig(self.run_dir / "curves.png")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self.on_train_end(trainer, pl_module)
@@ -167,6 +174,15 @@ def timer_of(trainer: L.Trainer) -> Timer | None:
     """The callback that keeps ``trainer.max_time``, where it is set."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
+
+
+def memory() -> float:
+    """Bytes that the run holds, or has held at most: of the accelerator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated())
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def now() -> float:

@@ -64,8 +64,8 @@ def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, pat
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in classifier.net.state_dict().items()
     }
-    hparams = {name: classifier.hparams[name] for name in ("model", "optim", "class_names", "mean", "std")}
-    save_file(state, path, {"hparams": json.dumps(hparams), "record": json.dumps(record), "licence": licence})
+    hparams = json.dumps(dict(classifier.hparams))
+    save_file(state, path, {"hparams": hparams, "record": json.dumps(record), "licence": licence})
 
 
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:

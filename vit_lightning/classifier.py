@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+from vit_lightning.augment import eval_transform
 from vit_lightning.callbacks import timer_of
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.model import ViT
@@ -29,6 +30,7 @@ class ViTClassifier(L.LightningModule):
         class_names: names of the classes, in the order of the logits.
         mean: of each channel of the training images, on [0, 1]: what images are normalised by.
         std: the standard deviation of each channel, likewise.
+        data: fields of :class:`~vit_lightning.config.DataConfig`: what it is trained on, where that is known.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class ViTClassifier(L.LightningModule):
         class_names: list[str],
         mean: list[float],
         std: list[float],
+        data: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -58,21 +61,46 @@ class ViTClassifier(L.LightningModule):
         """Normalised images (B, C, S, S) to logits (B, num_classes)."""
         return self.net(images)
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """Images as they are stored, (B, C, h, w) of uint8, to what the network takes, (B, C, S, S) of float32."""
+        mean, std = (torch.tensor(self.hparams[name], device=self.device) for name in ("mean", "std"))
+        return eval_transform(images.to(self.device), self.net.image_size, mean, std)
+
+    @torch.inference_mode()
+    def classify(self, images: Tensor, tta: bool = False) -> Tensor:
+        """Probabilities of the classes, for images as they are stored.
+
+        Args:
+            images: (B, C, h, w), uint8, of any size, on any device.
+            tta: whether the probabilities of an image and its mirror image are averaged.
+
+        Returns:
+            (B, classes), float32, on the classifier's device.
+
+        Raises:
+            ValueError: if the classifier is in training mode.
+        """
+        if self.training:
+            raise ValueError("classify() is for evaluation mode: call eval()")
+        x = self.normalise(images)
+        probabilities = self(x).softmax(dim=-1)
+        return (probabilities + self(x.flip(-1)).softmax(dim=-1)) / 2 if tta else probabilities
+
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
-        loss = self._step(batch, "train")
+        loss, _ = self._step(batch, "train")
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch into ``val/…``."""
-        self._step(batch, "val")
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Count a batch into ``val/…``; its logits."""
+        return self._step(batch, "val")[1]
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count a batch into ``test/…``."""
         self._step(batch, "test")
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> Tensor:
+    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> tuple[Tensor, Tensor]:
         images, labels = batch
         logits = self(images)
         smoothing = self.hparams["optim"]["label_smoothing"] if stage == "train" else 0.0
@@ -84,7 +112,7 @@ class ViTClassifier(L.LightningModule):
         metrics[f"{stage}/acc"].update(logits, labels)
         metrics[f"{stage}/acc5"].update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
-        return loss
+        return loss, logits
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimizer, and a schedule that moves with every step."""

@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import TypeVar, get_args
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -27,13 +28,20 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vit_lightning.config import BenchmarkRun, Config, ConfigT, InputError
+from vit_lightning.config import BenchmarkRun, Config, EvaluateConfig, ExportConfig, InputError, PredictConfig
 
 CONF = Path(__file__).parent.parent / "conf"
-SCHEMAS: dict[str, type[Config]] = {"config": Config, "benchmark": BenchmarkRun}  # by primary file in conf/
+SCHEMAS: dict[str, type] = {  # by primary file in conf/
+    "config": Config,
+    "benchmark": BenchmarkRun,
+    "evaluate": EvaluateConfig,
+    "predict": PredictConfig,
+    "export": ExportConfig,
+}
+SchemaT = TypeVar("SchemaT")
 
 
-def run_command(task: Callable[[ConfigT, Path], float], schema: type[ConfigT]) -> None:
+def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run ``task`` on it, or a sweep of tasks.
 
     Args:
@@ -88,14 +96,15 @@ def register_schemas() -> None:
         store.store("base_config", section, group=group)
 
 
-def sections(schema: type[Config]) -> dict[str, type]:
+def sections(schema: type) -> dict[str, type]:
     """The parts of a configuration: ``model``, ``data`` … and their schemas."""
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
     return {
-        field.name: field.type for field in fields(schema) if isinstance(field.type, type) and is_dataclass(field.type)
+        name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
     }
 
 
-def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
+def to_config(cfg: DictConfig, schema: type[SchemaT]) -> SchemaT:
     """The composed configuration as checked dataclasses.
 
     Raises:
@@ -103,7 +112,7 @@ def to_config(cfg: DictConfig, schema: type[ConfigT]) -> ConfigT:
     """
     for section, part in [(None, schema), *sections(schema).items()]:
         known = [field.name for field in fields(part)]
-        for key in map(str, cfg if section is None else cfg[section]):
+        for key in map(str, cfg if section is None else cfg[section] or ()):
             if key not in known:
                 raise InputError(_unknown_key(f"{section}.{key}" if section else key, schema))
     config = OmegaConf.to_object(cfg)
@@ -121,7 +130,7 @@ def relative(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def one_line(error: Exception, schema: type[Config]) -> str:
+def one_line(error: Exception, schema: type) -> str:
     """What went wrong, naming the key as it was typed and what would be right."""
     if isinstance(error, InputError):
         return f"error: {error}"
@@ -155,7 +164,7 @@ def one_line(error: Exception, schema: type[Config]) -> str:
     return f"error: {message}"
 
 
-def _unknown_key(key: str, schema: type[Config]) -> str:
+def _unknown_key(key: str, schema: type) -> str:
     known = {group: [field.name for field in fields(part)] for group, part in sections(schema).items()}
     group, dot, name = key.partition(".")
     if group == "hydra":

@@ -8,7 +8,7 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 import math
 import re
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 
 class InputError(ValueError):
@@ -43,6 +43,13 @@ def _one_of(*choices: str, **values: str) -> None:
     for key, value in values.items():
         if value not in choices:
             raise InputError(f"{_dotted(key)}={value} is not known; choose one of {', '.join(choices)}")
+
+
+def _named(checkpoint: str) -> None:
+    if not checkpoint:
+        raise InputError(
+            "checkpoint= names no network; set it to a run's directory or a file, as in checkpoint=outputs/…"
+        )
 
 
 def _dotted(key: str) -> str:
@@ -323,6 +330,33 @@ class TrainerConfig:
 
 
 @dataclass(slots=True)
+class DashboardConfig:
+    """What TensorBoard shows beside the curves (``dashboard.…``).
+
+    Attributes:
+        text: the configuration, the command and the network's parts.
+        batch: a training batch as the network sees it.
+        patches: an image beside its patches.
+        positions: how alike the learned positions are.
+        attention: where the network looks in some validation images: the rollout, and each head of the last block.
+        mistakes: the most confident ones on the validation images.
+        confusion: which classes are taken for which; for CIFAR-100 also between superclasses.
+        per_class: accuracy of each class.
+        reliability: accuracy against confidence.
+    """
+
+    text: bool = True
+    batch: bool = True
+    patches: bool = True
+    positions: bool = True
+    attention: bool = True
+    mistakes: bool = True
+    confusion: bool = True
+    per_class: bool = True
+    reliability: bool = True
+
+
+@dataclass(slots=True)
 class BenchmarkConfig:
     """How long ``vit_lightning.benchmark`` measures (``benchmark.…``).
 
@@ -364,6 +398,7 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    dashboard: DashboardConfig = field(default_factory=DashboardConfig)
     seed: int = 0
     target_acc: float | None = None
     target_acc5: float | None = None
@@ -384,6 +419,79 @@ class BenchmarkRun(Config):
     """A run's configuration, and how long to measure it."""
 
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+
+
+@dataclass(slots=True)
+class EvaluateConfig:
+    """What ``vit_lightning.evaluate`` counts.
+
+    Attributes:
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        data: the images; ``None`` for those that the network was trained on.
+        split: ``train``, ``val`` or ``test``.
+        tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
+        accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
+    """
+
+    checkpoint: str = ""
+    data: DataConfig | None = None
+    split: str = "test"
+    tta: bool = False
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("train", "val", "test", split=self.split)
+        _one_of("auto", "cpu", "gpu", "mps", accelerator=self.accelerator)
+        _named(self.checkpoint)
+
+
+@dataclass(slots=True)
+class PredictConfig:
+    """What ``vit_lightning.predict`` names the content of.
+
+    Attributes:
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        images: files, directories (all pictures below them) or globs: one, or a list of them.
+        top: classes that are given for each image, the likeliest first.
+        attention: whether a picture shows where the network looked in each image.
+        tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
+        accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
+    """
+
+    checkpoint: str = ""
+    images: Any = field(default_factory=list)  # OmegaConf knows no "str or list of str"
+    top: int = 5
+    attention: bool = False
+    tta: bool = False
+    accelerator: str = "auto"
+
+    def __post_init__(self) -> None:
+        _at_least(1, top=self.top)
+        _one_of("auto", "cpu", "gpu", "mps", accelerator=self.accelerator)
+        self.images = [str(item) for item in (self.images if isinstance(self.images, list) else [self.images]) if item]
+        if not self.images:
+            raise InputError("images= is empty; name files, directories or globs, as in images=photos")
+        _named(self.checkpoint)
+
+
+@dataclass(slots=True)
+class ExportConfig:
+    """What ``vit_lightning.export`` writes.
+
+    Attributes:
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        format: ``onnx`` or ``torch_export``.
+        seconds: how long each latency and throughput is measured.
+    """
+
+    checkpoint: str = ""
+    format: str = "onnx"
+    seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("onnx", "torch_export", format=self.format)
+        _at_least(0, seconds=self.seconds)
+        _named(self.checkpoint)
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

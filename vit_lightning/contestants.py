@@ -10,7 +10,6 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.autograd import DeviceType
@@ -120,7 +119,7 @@ def trainer_speed(config: BenchmarkRun, data: ImageData) -> float:
             enable_model_summary=False,
             max_steps=timing.warmup + timing.steps,
             limit_val_batches=0,
-            callbacks=[clock, LearningRateMonitor("step")],
+            callbacks=[clock],
         )
         if config.compile:
             compile_network(classifier.net, trainer.strategy.root_device)

@@ -70,13 +70,23 @@ class ImageData(L.LightningDataModule):
         """Shuffled anew each epoch; the last incomplete batch is dropped."""
         return self._loader("train", self.config.batch_size, shuffle=True)
 
+    def eval_dataloader(self, split: str) -> DataLoader:
+        """Every image of ``train``, ``val`` or ``test``, once, in order."""
+        return self._loader(split, self.config.eval_batch_size, shuffle=False)
+
     def val_dataloader(self) -> DataLoader:
         """Every validation image, once, in order."""
-        return self._loader("val", self.config.eval_batch_size, shuffle=False)
+        return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
         """Every test image, once, in order."""
-        return self._loader("test", self.config.eval_batch_size, shuffle=False)
+        return self.eval_dataloader("test")
+
+    def stored(self, split: str, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Images as they are stored (n, C, h, w), uint8, and labels (n,), at n positions of a split, on the CPU."""
+        assert self.arrays is not None, "setup() comes first"
+        part, indices = self._part(split), self.indices[split][positions]
+        return self.arrays.images[part][indices], self.arrays.labels[part][indices]
 
     def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Transform a batch on the device it is on: randomly in training, plainly elsewhere.
@@ -96,7 +106,7 @@ class ImageData(L.LightningDataModule):
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
         assert self.arrays is not None, "setup() comes first"
-        part = "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
+        part = self._part(split)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         images, labels = self._on_device(part, device)
         return DataLoader(
@@ -107,6 +117,10 @@ class ImageData(L.LightningDataModule):
             persistent_workers=self.config.workers > 0,
             pin_memory=device.type == "cuda" and images.device.type == "cpu",
         )
+
+    def _part(self, split: str) -> str:
+        """The source's own split that holds the images."""
+        return "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
 
     def _on_device(self, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """The images and labels of ``train`` or ``test``, on a GPU where they fit beside a network."""

@@ -25,6 +25,20 @@ def check_accelerator(trainer: TrainerConfig) -> None:
         raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
 
 
+def evaluation_device(accelerator: str) -> torch.device:
+    """The device that ``auto``, ``cpu``, ``gpu`` or ``mps`` means here.
+
+    Raises:
+        InputError: if torch finds none.
+    """
+    if accelerator == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    there = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[accelerator]:
+        raise InputError(f"accelerator={accelerator}: torch finds none here; leave it out")
+    return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
+
+
 def spare_memory_work() -> None:
     """Spare a training step two kinds of work on memory that change no result.
 

@@ -80,6 +80,14 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)  # (B, H, Q, K)
         return self.proj(x.transpose(1, 2).flatten(2))
 
+    def weights(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """How much each token of x (B, N, D) attends to each, which :meth:`forward` never makes: (B, H, N, N)."""
+        B, N, D = x.shape
+        q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
 
 def rotary_angles(side: int, head_dim: int, first: int, last: int) -> Tensor:
     """Cosines and sines that turn queries and keys by where their patch lies: axial rotary position embedding.
@@ -297,7 +305,7 @@ class ViT(nn.Module):
         self.channels = config.channels
         self.pool = config.pool
         D = config.embed_dim
-        side = config.image_size // config.patch_size
+        self.side = side = config.image_size // config.patch_size  # of the square of patches
         self.patch_embed = (
             ConvStem(config.channels, config.patch_size, D, config.stem_depth)
             if config.patch_embed == "conv"
@@ -323,11 +331,11 @@ class ViT(nn.Module):
         """Normalised images (B, C, S, S) to logits (B, num_classes)."""
         x = self.patch_embed(images)  # (B, patches, D)
         if self.cls_token is not None:
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
             x = x + self.pos_embed
         if self.registers is not None:
-            x = torch.cat([x, self.registers.expand(len(x), -1, -1)], dim=1)  # (B, N, D)
+            x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)  # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x, rotation=self.rotation)  # (B, N, D)
         queries = self.read if self.read < x.shape[1] else None

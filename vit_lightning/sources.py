@@ -191,10 +191,11 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
     return lambda: _fingerprint(root, chain(*paths.values())), decode
 
 
-def decode_image(path: Path, side: int) -> np.ndarray:
-    """Read any picture as (3, side, side) uint8: upright by its EXIF tag, RGB, shorter side resized, centre cropped.
+def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
+    """Read any picture as (channels, side, side) uint8: upright by its EXIF tag, shorter side resized, centre cropped.
 
-    Transparent parts show white, as on paper; 16-bit grayscale keeps its range.
+    RGB, or gray for one channel; of an animation the first picture. Transparent parts show white, as on paper; 16-bit
+    grayscale keeps its range.
 
     Raises:
         InputError: if the file cannot be read as an image.
@@ -207,12 +208,12 @@ def decode_image(path: Path, side: int) -> np.ndarray:
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB")
+            image = image.convert("RGB" if channels == 3 else "L")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise _unreadable(path, error) from error
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.atleast_3d(np.asarray(image)).transpose(2, 0, 1)
 
 
 def _class_files(folder: Path) -> dict[str, list[Path]]:

@@ -11,11 +11,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-
-from vit_lightning.cli import relative
 from vit_lightning.config import InputError
+from vit_lightning.terminal import print_files, print_table
 
 COLUMNS = ("runs", "val/acc", "val/acc ±", "val/acc5", "epochs", "seconds", "images/s", "parameters")
 
@@ -71,20 +68,18 @@ def main() -> None:
         rows = summarise(directory)
     except InputError as error:
         sys.exit(f"error: {error}")
-    table = Table(title="Validation, the mean over runs that differ in their seed")
-    table.add_column("setting", overflow="fold")
-    for column in ("runs", "top-1", "±", "top-5", "seconds", "images/s"):
-        table.add_column(column, justify="right", no_wrap=True)
+    cells = []
     for row in rows:
         spread = "" if row["val/acc ±"] is None else f"{row['val/acc ±']:.1%}"
         shares = [f"{row['val/acc']:.1%}", spread, f"{row['val/acc5']:.1%}"]
-        table.add_row(row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}")
-    Console().print(table)
+        cells.append((row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}"))
+    header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
+    print_table("validation, the mean over runs that differ in their seed", header, cells)
     with (directory / "summary.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, ("setting", *COLUMNS))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"table  {relative(directory / 'summary.csv')}")
+    print_files([directory / "summary.csv"])
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from vit_lightning.config import Config, InputError, TrainerConfig
 
 if TYPE_CHECKING:
     import torch
+    from matplotlib.figure import Figure
 
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
@@ -33,12 +34,13 @@ def train(config: Config, run_dir: Path) -> float:
     import lightning as L
     import torch
     import yaml
-    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar, WeightAveraging
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vit_lightning.callbacks import METRICS, EpochRecorder, StopAtTarget
     from vit_lightning.checkpoint import start_from
     from vit_lightning.classifier import ViTClassifier
+    from vit_lightning.dashboard import Dashboard, hyper_parameters
     from vit_lightning.data import ImageData, follow_data
     from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
     from vit_lightning.optim import ema_update
@@ -69,18 +71,21 @@ def train(config: Config, run_dir: Path) -> float:
         class_names=data.class_names,
         mean=data.mean.tolist(),
         std=data.std.tolist(),
+        data=asdict(config.data),
     )
     if config.checkpoint is not None and interrupted is None:
         start_from(classifier, config.checkpoint)
     (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    show_patches(data, config.model.patch_size, run_dir / "patches.png")
+    patches = patches_of(data, config.model.patch_size)
+    patches.savefig(run_dir / "patches.png")
 
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     recorder = EpochRecorder(run_dir)
     best = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc", mode="max")
     # Lightning's own save_last saves only when the best was saved.
     last = ModelCheckpoint(run_dir / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
-    callbacks: list[L.Callback] = [recorder, best, last, LearningRateMonitor("step")]
+    dashboard = Dashboard(config, data, {"command": record["command"]}, patches)
+    callbacks: list[L.Callback] = [recorder, best, last, dashboard]
     if config.optim.ema:
         callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
@@ -88,7 +93,7 @@ def train(config: Config, run_dir: Path) -> float:
     if bar:
         callbacks.append(RichProgressBar())
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
-    logger.log_hyperparams(flatten(asdict(config)))
+    logger.log_hyperparams(hyper_parameters(config))  # its hparams.yaml
     trainer = L.Trainer(
         **{**asdict(config.trainer), "enable_progress_bar": bar},
         devices=1,
@@ -98,7 +103,7 @@ def train(config: Config, run_dir: Path) -> float:
         enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
-    show_start(config, data, classifier, trainer.strategy.root_device)
+    dashboard.text["network"] = show_start(config, data, classifier, trainer.strategy.root_device)
     if config.compile:
         compile_network(classifier.net, trainer.strategy.root_device)
 
@@ -130,9 +135,7 @@ def train(config: Config, run_dir: Path) -> float:
         "config": asdict(config),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    # Names of their own: the curves of val/acc and its kin have their points already.
-    final = {f"best/{key}": value for key, value in summary["metrics"].items()}
-    logger.log_hyperparams(flatten(asdict(config)), final, step=trainer.global_step)
+    dashboard.show_best(classifier, trainer, summary)
     logger.save()
     show_results(summary, run_dir, Path(best.best_model_path))
     return summary["metrics"]["val/acc"]
@@ -157,14 +160,14 @@ def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
             )
 
 
-def show_patches(data: "ImageData", patch_size: int, path: Path) -> None:
-    """Draw the first validation image, as the network sees it, beside its patches."""
+def patches_of(data: "ImageData", patch_size: int) -> "Figure":
+    """The first validation image, as the network sees it, beside its patches."""
     from vit_lightning.augment import denormalise, eval_transform
     from vit_lightning.figures import draw_patches
 
     images, labels = next(iter(data.val_dataloader()))
     image = denormalise(eval_transform(images[:1], data.image_size, data.mean, data.std), data.mean, data.std)
-    draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]], path)
+    return draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]])
 
 
 def interrupted_run(config: Config) -> tuple[Path, Config]:
@@ -196,23 +199,16 @@ def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
     return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
 
 
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(
-            {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        )
-    return flat
+def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", device: "torch.device") -> str:
+    """Say what is trained, on what, and where.
 
-
-def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", device: "torch.device") -> None:
-    """Say what is trained, on what, and where."""
+    Returns:
+        The network's parts at length.
+    """
     from lightning.pytorch.utilities.model_summary import ModelSummary
-    from rich.console import Console
-    from rich.table import Table
 
     from vit_lightning.record import hardware
+    from vit_lightning.terminal import print_table
 
     counts = ", ".join(
         f"{len(data.indices[split]):,} {name}"
@@ -224,37 +220,32 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", d
 
     model = ModelSummary(classifier, max_depth=3)
     sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
-    table = Table(title=f"ViT, {model.total_flops / 1e6:,.1f} MFLOP an image", title_justify="left")
-    table.add_column("part")
-    table.add_column("output for one image")
-    table.add_column("parameters", justify="right")
+    rows: list[tuple[str, ...]] = []
     for name, parameter in classifier.net.named_parameters(recurse=False):  # that lie in no part
-        table.add_row(name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}")
+        rows.append((name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}"))
     for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
         if name.count(".") == 1 and name.startswith("net."):
             size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list of blocks has no output of its own
-            table.add_row(name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}")
-    table.add_section()
-    table.add_row("in all", "", f"{model.total_parameters:,}")
-    Console().print(table)
+            rows.append((name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}"))
+    rows += [(), ("in all", "", f"{model.total_parameters:,}")]
+    title = f"ViT, {model.total_flops / 1e6:,.1f} MFLOP an image"
+    print_table(title, ("part", "output for one image", "parameters"), rows, left=2)
+    return str(model)
 
 
 def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> None:
     """Print the final metrics, and where the run's files lie and how to open them."""
-    from rich.console import Console
-    from rich.table import Table
+    from vit_lightning.terminal import print_table
 
-    console = Console()
-    table = Table(title=f"Best of {summary['epochs']} epochs: epoch {summary['best_epoch']}")
-    for column in ("", "images", "loss", "top-1", "top-5"):
-        table.add_column(column, justify="right" if column else "left")
+    rows = []
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         if f"{split}/acc" not in summary["metrics"]:
             continue  # test=false
         loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
-        table.add_row(name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}")
-    console.print(table)
-    console.print(
+        rows.append((name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}"))
+    title = f"best of {summary['epochs']} epochs: epoch {summary['best_epoch']}"
+    print_table(title, ("", "images", "loss", "top-1", "top-5"), rows)
+    print(
         f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
         f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
     )
@@ -265,7 +256,7 @@ def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> No
         ("record", run_dir / "summary.json"),
     ):
         print(f"{name:<12}{relative(file)}")
-    print(f"{'dashboard':<12}tensorboard --logdir {relative(run_dir)}")
+    print(f"{'dashboard':<12}tensorboard --logdir {relative(run_dir.parent)}")
 
 
 def main() -> None:

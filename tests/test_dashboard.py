@@ -1,0 +1,131 @@
+"""What TensorBoard shows of a run: in its files, and in a browser."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
+PICTURES = {"batch", "patches", "positions", "attention", "mistakes", "confusion", "per_class", "reliability"}
+
+
+def events(run: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run), size_guidance={"images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_a_run_leaves_pictures_and_text(digits_run):
+    shown = events(digits_run)
+    assert {tag.removeprefix("pictures/") for tag in shown.Tags()["images"]} == PICTURES
+    for tag in shown.Tags()["images"]:
+        [image] = shown.Images(tag)
+        assert image.width > 300
+    texts = {tag.removesuffix("/text_summary") for tag in shown.Tags()["tensors"] if tag.endswith("/text_summary")}
+    assert texts == {"command", "config", "network"}
+    [text] = shown.Tensors("command/text_summary")
+    assert b"python -m vit_lightning.train experiment=quickstart" in text.tensor_proto.string_val[0]
+
+
+def test_scalars_come_in_groups(digits_run):
+    tags = set(events(digits_run).Tags()["scalars"])
+    curves = {f"{stage}/{key}" for stage in ("train", "val") for key in ("loss", "acc", "acc5")}
+    assert curves | {"speed/images_per_second", "speed/memory_gb", "optim/gradient_norm", "optim/lr"} <= tags
+    assert {tag.split("/")[0] for tag in tags} == {"train", "val", "test", "best", "optim", "speed", "epoch"}
+
+
+def test_curves_alone_if_asked(digits_run):
+    start = digits_run.parent
+    small = ["trainer.max_epochs=1", "model.layers=1", "hydra.run.dir=plain"]
+    assert command("train", "experiment=quickstart", "dashboard=curves", *small, cwd=start).returncode == 0
+    tags = events(start / "plain").Tags()
+    assert tags["images"] == []
+    assert "val/acc" in tags["scalars"]
+    assert not [tag for tag in tags["tensors"] if tag.endswith("/text_summary")]
+
+
+@pytest.fixture(scope="module")
+def server(digits_run, tmp_path_factory):
+    """The address of a TensorBoard server on a directory with one run."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    shutil.copytree(digits_run, outputs / "digits")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tensorboard.main", "--logdir", str(outputs), "--port", "0", "--host", "127.0.0.1"],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        for line in process.stderr:
+            if address := re.search(r"http://127\.0\.0\.1:\d+", line):
+                yield address.group()
+                break
+        else:
+            pytest.fail("TensorBoard did not start")
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+@pytest.mark.skipif(
+    BROWSER is None and "REQUIRE_BROWSER" not in os.environ, reason="needs Chromium (apt-get install chromium)"
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run, tmp_path):
+    from playwright.sync_api import expect, sync_playwright
+
+    assert BROWSER, "there is no Chromium"
+    screenshots = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    quiet = ["--disable-gpu", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+    expect.set_options(timeout=60_000)  # on a busy machine
+    with sync_playwright() as playwright:
+        # Root, as in a container, gets no sandbox; the server is our own.
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=[*quiet, "--no-sandbox", "--no-first-run"])
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+
+        def show(tab: str) -> None:
+            page.goto("about:blank")
+            page.goto(f"{server}/#{tab}")
+
+        show("timeseries")
+        tags = page.get_by_role("combobox", name="Filter tags (regex)")
+        for tag in ("train/loss", "val/acc", "val/acc5", "optim/gradient_norm", "optim/lr", "speed/images_per_second"):
+            tags.fill(f"^{tag}$")
+            expect(page.locator("scalar-card:visible").filter(has_text=f"/{tag.split('/')[1]}")).to_have_count(1)
+        tags.fill("^(train|val)/acc")
+        expect(page.locator("scalar-card:visible")).to_have_count(4)
+        tags.press("Escape")  # its suggestions
+        page.screenshot(path=screenshots / "scalars.png")
+
+        show("custom_scalars")
+        for chart in ("loss", "top-1", "top-5"):
+            expect(page.get_by_text(chart, exact=True)).to_be_visible()
+        expect(page.get_by_text("Matches (2)", exact=True)).to_have_count(3)  # training and validation in each
+        page.screenshot(path=screenshots / "custom_scalars.png")
+
+        show("hparams")
+        for column in ("best/acc", "best/acc5", "best/parameters", "best/seconds", "best/test_acc"):
+            expect(page.locator("vaadin-grid").get_by_text(column, exact=True).first).to_be_attached()
+        expect(page.get_by_text("hp_metric")).to_have_count(0)
+        best = json.loads((digits_run / "summary.json").read_text())["metrics"]["val/acc"]
+        expect(page.get_by_text(f"{best:.4f}"[:5]).first).to_be_visible()
+        page.screenshot(path=screenshots / "hparams.png")
+
+        show("images")
+        pictures = page.locator("tf-image-loader img")
+        expect(pictures).to_have_count(len(PICTURES))
+        for number in range(len(PICTURES)):
+            picture = pictures.nth(number)
+            picture.scroll_into_view_if_needed()
+            expect(picture).to_have_js_property("complete", True)
+            assert picture.evaluate("image => image.naturalWidth") > 300
+        page.screenshot(path=screenshots / "images.png")
+        browser.close()
+    assert all((screenshots / f"{tab}.png").stat().st_size > 10_000 for tab in ("scalars", "hparams", "images"))

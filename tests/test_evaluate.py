@@ -1,0 +1,104 @@
+"""The evaluate command, as a user types it."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, composed, write_folder
+from PIL import Image
+
+from vit_lightning.checkpoint import load_classifier
+from vit_lightning.data import ImageData
+from vit_lightning.evaluate import evaluate
+from vit_lightning.train import train
+
+
+def test_a_run_is_evaluated_on_its_own_images(digits_run):
+    start = digits_run.parent
+    result = command("evaluate", "checkpoint=run", cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    [report_path] = start.glob("outputs/evaluate/*/*/evaluation.json")
+    report = json.loads(report_path.read_text())
+    summary = json.loads((digits_run / "summary.json").read_text())
+    assert report["images"] == 360
+    for key in ("loss", "acc", "acc5"):
+        assert report[key] == pytest.approx(summary["metrics"][f"test/{key}"], abs=1e-5)
+    assert report["command"] == "python -m vit_lightning.evaluate checkpoint=run"
+    assert f"{report['acc']:.1%}" in result.stdout
+    names = {path.name for path in report_path.parent.iterdir()}
+    pictures = {"confusion.png", "per_class.png", "reliability.png", "mistakes.png"}
+    assert names == {"evaluation.json", "per_class.csv", "predictions.csv", *pictures}
+    for name in names:
+        assert name in result.stdout
+    for picture in pictures:
+        Image.open(report_path.parent / picture).verify()
+    rows = list(csv.DictReader((report_path.parent / "predictions.csv").read_text().splitlines()))
+    right = [row["label"] == row["class_1"] for row in rows]
+    assert np.mean(right) == pytest.approx(report["acc"])
+
+
+def test_another_split_and_test_time_augmentation(digits_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(digits_run.parent)
+    summary = json.loads((digits_run / "summary.json").read_text())
+    assert evaluate(composed("checkpoint=run", "split=val", name="evaluate"), tmp_path) == pytest.approx(
+        summary["metrics"]["val/acc"]
+    )
+    evaluate(composed("checkpoint=run", "tta=true", name="evaluate"), tmp_path)
+    with_tta = json.loads((tmp_path / "evaluation.json").read_text())
+    classifier = load_classifier("run")
+    data = ImageData(composed("data=digits").data, composed().augment, 8)
+    data.setup()
+    losses = []
+    for images, labels in data.test_dataloader():
+        shares = (classifier.classify(images) + classifier.classify(images.flip(-1))) / 2
+        losses.append(torch.nn.functional.nll_loss(shares.log(), labels, reduction="none"))
+    assert with_tta["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert with_tta["tta"] is True
+
+
+def test_a_folder_with_the_same_classes_will_do_whatever_their_number_and_size(tmp_path):
+    """What is counted follows the classes' names: a folder without the first class numbers the others anew."""
+    for name, classes, side in (("own", ("ant", "bee", "cat"), 8), ("other", ("bee", "cat"), 12)):
+        write_folder(tmp_path / name, dict.fromkeys(classes, (20, 10)), side)
+        for path in (tmp_path / name).rglob("*.png"):
+            colour = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}[path.parent.name]
+            Image.new("RGB", (side, side), colour).save(path)
+    for name in ("run", "evaluation"):
+        (tmp_path / name).mkdir()
+    common = [f"data.cache_dir={tmp_path / 'cache'}", "data.split=standard", "data=image_folder"]
+    network = ["model=conv", "model.image_size=8", "model.embed_dim=16", "model.heads=2", "model.patch_size=2"]
+    limits = ["trainer.max_epochs=4", "data.batch_size=9", "optim.lr=0.01", "trainer.enable_progress_bar=false"]
+    train(composed(*common, f"data.root={tmp_path / 'own'}", *network, *limits), tmp_path / "run")
+    other = [*common, f"data.root={tmp_path / 'other'}", f"checkpoint={tmp_path / 'run'}"]
+    assert evaluate(composed(*other, name="evaluate"), tmp_path / "evaluation") == 1.0
+    rows = csv.DictReader((tmp_path / "evaluation" / "per_class.csv").read_text().splitlines())
+    assert [(row["class"], row["images"]) for row in rows] == [("bee", "10"), ("cat", "10")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["checkpoint=nowhere"], "checkpoint=nowhere: no file nowhere; name a run's directory or a .ckpt"),
+        ([], "checkpoint= names no network; set it to a run's directory or a file, as in checkpoint=outputs/…"),
+        (["checkpoint=run", "split=all"], "split=all is not known; choose one of train, val, test"),
+        (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean split?"),
+        (["checkpoint=run", "data=image_folder", "data.root=other"], "has a class cat that the checkpoint lacks"),
+        (
+            ["checkpoint=run", "data=image_folder", "data.root=same"],
+            "3 channel(s), and the checkpoint's network takes 1",
+        ),
+    ],
+)
+def test_a_mistake_is_one_line(digits_run, arguments, message):
+    start = digits_run.parent
+    for name, classes in (("other", "cat dog"), ("same", "3 7")):
+        if not (start / name).exists():
+            write_folder(start / name, dict.fromkeys(classes.split(), (3, 3)))
+    result = command("evaluate", *arguments, cwd=start)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line

@@ -1,0 +1,66 @@
+"""Exported files, opened as someone else would."""
+
+import json
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from conftest import command, composed
+
+from vit_lightning import graph
+from vit_lightning.checkpoint import load_classifier
+from vit_lightning.config import InputError
+from vit_lightning.export import export
+
+
+def test_onnx_takes_bytes_of_any_number_and_size(digits_run):
+    start = digits_run.parent
+    result = command("export", "checkpoint=run", "seconds=0", "hydra.run.dir=onnx", cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert "batch 64" in result.stdout
+    assert [path.name for path in (start / "onnx").iterdir()] == ["model.onnx"]
+    session = onnxruntime.InferenceSession(start / "onnx" / "model.onnx")
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["class_names"]) == list("0123456789")
+    assert json.loads(metadata["config"])["layers"] == 2
+    [images], [logits] = session.get_inputs(), session.get_outputs()
+    assert (images.name, images.type, logits.name) == ("images", "tensor(uint8)", "logits")
+    classifier = load_classifier(str(digits_run))
+    for shape in ((1, 1, 8, 8), (5, 1, 8, 8), (3, 1, 20, 13)):
+        batch = torch.randint(0, 256, shape, dtype=torch.uint8)
+        [ours] = session.run(None, {"images": batch.numpy()})
+        np.testing.assert_allclose(ours, classifier(classifier.normalise(batch)).detach(), atol=1e-4)
+
+
+def test_torch_export_does_too(digits_run, tmp_path):
+    config = composed(f"checkpoint={digits_run}", "format=torch_export", "seconds=0", name="export")
+    assert export(config, tmp_path) <= 1e-4
+    extra = {"class_names": "", "config": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
+    assert json.loads(extra["class_names"]) == list("0123456789")
+    classifier = load_classifier(str(digits_run))
+    batch = torch.randint(0, 256, (3, 1, 9, 11), dtype=torch.uint8)
+    torch.testing.assert_close(program.module()(batch), classifier(classifier.normalise(batch)), atol=1e-4, rtol=0)
+
+
+def test_an_export_that_differs_is_not_written(digits_run, tmp_path, monkeypatch):
+    forward = graph.FromBytes.forward
+    monkeypatch.setattr(graph.FromBytes, "forward", lambda self, images: forward(self, images) + 0.01)
+    with pytest.raises(InputError, match=r"logits differ from PyTorch's by 1\.0e-02; not written"):
+        export(composed(f"checkpoint={digits_run}", "format=torch_export", name="export"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_format_is_said():
+    with pytest.raises(InputError, match="format=onyx is not known; choose one of onnx, torch_export"):
+        composed("format=onyx", name="export")
+
+
+def test_photographs_are_photographs():
+    colour, gray = graph.photographs(3), graph.photographs(1)
+    assert colour.shape == (120, 3, 64, 64)
+    assert gray.shape == (120, 1, 64, 64)
+    assert colour.float().std(dim=(1, 2, 3)).median() > 10
+    torch.testing.assert_close(gray.float(), colour.float().mean(dim=1, keepdim=True).floor())

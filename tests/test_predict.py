@@ -1,0 +1,95 @@
+"""The predict command, on pictures of every kind."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import command, composed
+from PIL import Image
+
+from vit_lightning.checkpoint import load_classifier
+from vit_lightning.config import InputError
+from vit_lightning.predict import predict
+from vit_lightning.sources import load_arrays
+
+
+@pytest.fixture
+def pictures(digits_run, tmp_path, monkeypatch):
+    """A digit in files of many modes and sizes, and the class that the network gives it."""
+    monkeypatch.chdir(digits_run.parent)
+    image = load_arrays(composed("data=digits").data, 8).images["test"][:1]
+    expected = load_classifier("run").classify(image)[0]
+    gray = Image.fromarray(image[0, 0].numpy())
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    gray.save(folder / "gray.png")
+    gray.convert("RGB").save(folder / "rgb.webp", lossless=True)
+    gray.convert("P").save(folder / "palette.GIF")
+    gray.convert("RGBA").save(folder / "more" / "alpha.png")
+    Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(folder / "16-bit.png")
+    gray.resize((32, 32), Image.Resampling.NEAREST).save(folder / "large.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter to the right
+    gray.rotate(90, expand=True).save(folder / "turned.png", exif=exif)
+    return folder, expected
+
+
+def test_every_kind_of_picture_is_read(pictures, tmp_path, digits_run):
+    folder, expected = pictures
+    result = command(
+        "predict", "checkpoint=run", f"images={folder}", "attention=true", "hydra.run.dir=out", cwd=digits_run.parent
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    out = digits_run.parent / "out"
+    rows = json.loads((out / "predictions.json").read_text())
+    assert len(rows) == 7
+    for row in rows:
+        got = torch.zeros(10)
+        for guess in row["predictions"]:
+            got[int(guess["class"])] = guess["probability"]
+        top = expected.topk(5)
+        if "large" not in row["file"]:  # which is smoothed when it is made small again
+            torch.testing.assert_close(got[top.indices], top.values, atol=1e-4, rtol=0, msg=row["file"])
+    table = list(csv.DictReader((out / "predictions.csv").read_text().splitlines()))
+    assert [row["file"] for row in table] == [row["file"] for row in rows]
+    assert table[0]["class_1"] == rows[0]["predictions"][0]["class"]
+    Image.open(out / "attention.png").verify()
+    assert "attention.png" in result.stdout
+
+
+def test_an_unreadable_file_is_named_and_the_others_are_still_predicted(pictures, digits_run, tmp_path):
+    folder, _ = pictures
+    (folder / "broken.png").write_bytes(b"no picture")
+    images = f"images=[{folder / 'gray.png'},{folder / 'broken.png'},{folder / 'none*.png'}]"
+    result = command("predict", "checkpoint=run", images, "hydra.run.dir=two", cwd=digits_run.parent)
+    assert result.returncode == 1
+    errors = result.stderr.splitlines()
+    assert any("broken.png cannot be read (not an image)" in line for line in errors)
+    assert any("none*.png names no picture" in line for line in errors)
+    assert errors[-1] == "error: 2 of 3 files were not read, as said above"
+    [row] = json.loads((digits_run.parent / "two" / "predictions.json").read_text())
+    assert row["file"].endswith("gray.png")
+
+
+def test_a_glob_and_a_number_of_classes(pictures, tmp_path):
+    folder, _ = pictures
+    config = composed("checkpoint=run", f"images='{folder}/*a*.png'", "top=2", name="predict")
+    share = predict(config, tmp_path)
+    rows = json.loads((tmp_path / "predictions.json").read_text())
+    assert sorted(row["file"].rsplit("/", 1)[1] for row in rows) == ["gray.png", "large.png"]
+    assert [len(row["predictions"]) for row in rows] == [2, 2]
+    assert share == pytest.approx(np.mean([row["predictions"][0]["probability"] for row in rows]))
+
+
+@pytest.mark.parametrize("images", ["", "[]"])
+def test_without_images_it_says_what_to_name(images):
+    with pytest.raises(InputError, match="images= is empty; name files, directories or globs"):
+        composed(f"images={images}", name="predict")
+
+
+def test_where_nothing_is_found_it_says_what_it_takes(pictures, tmp_path):
+    with pytest.raises(InputError, match="no picture was read"):
+        predict(composed("checkpoint=run", f"images={tmp_path / 'nothing'}", name="predict"), tmp_path)

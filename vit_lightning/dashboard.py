@@ -1,0 +1,189 @@
+"""What TensorBoard shows beside the curves: what was asked for, what the network sees, and what it makes of it."""
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter, summary
+
+from vit_lightning.augment import denormalise
+from vit_lightning.classifier import ViTClassifier
+from vit_lightning.config import Config
+from vit_lightning.data import ImageData
+from vit_lightning.explain import attention_maps, attention_rollout, on_patches, position_similarity
+from vit_lightning.figures import draw_attention, draw_images, draw_position_similarity
+from vit_lightning.predictions import draw, predict_split
+
+# One chart for training and validation, in the custom-scalars tab.
+LAYOUT = {  # tags are regular expressions
+    "training and validation": {
+        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
+        "top-1": ["Multiline", ["^train/acc$", "^val/acc$"]],
+        "top-5": ["Multiline", ["^train/acc5$", "^val/acc5$"]],
+    }
+}
+IMAGES = 12  # of a training batch
+EXPLAINED = 6  # validation images whose attention is drawn
+# The keys that runs are compared by.
+HYPER_PARAMETERS = (
+    *("model.block", "model.image_size", "model.patch_embed", "model.patch_size", "model.pool", "model.position"),
+    *("model.embed_dim", "model.layers", "model.heads", "model.mlp_dim", "model.dropout", "model.drop_path"),
+    *("data.source", "data.split", "data.batch_size", "augment.policy", "augment.mixup", "augment.cutmix"),
+    *("optim.name", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.schedule", "optim.warmup"),
+    *("optim.label_smoothing", "optim.ema", "trainer.max_epochs", "trainer.precision", "seed"),
+)
+
+
+class Dashboard(Callback):
+    """Writes text at the start of a run, a training batch, and at its end what the best checkpoint does.
+
+    Args:
+        config: of the run; ``config.dashboard`` switches each part.
+        data: set up.
+        text: what else is shown as text, by title.
+        patches: picture of an image beside its patches.
+    """
+
+    def __init__(self, config: Config, data: ImageData, text: dict[str, str], patches: Figure) -> None:
+        self.config = config
+        self.data = data
+        self.text = {**text, "config": yaml.safe_dump(asdict(config), sort_keys=False)}
+        self.patches = patches
+        self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
+        self._best: tuple[float, Tensor] | None = None  # val/acc, and the probabilities that gave it
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        writer = writer_of(trainer)
+        writer.add_custom_scalars(LAYOUT)
+        # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
+        # TensorBoard finds; without, it gathers them from all runs, the ones that differ first.
+        _, start, _ = summary.hparams(hyper_parameters(self.config), {})
+        writer._get_file_writer().add_summary(start)
+        if self.config.dashboard.text:
+            for title, text in self.text.items():
+                writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))  # as it is: a code block
+        if self.config.dashboard.patches:
+            show(writer, "patches", self.patches, trainer.global_step)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 0 and self.config.dashboard.batch:
+            images, labels = (part[:IMAGES].cpu() for part in batch)
+            pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
+            show(writer_of(trainer), "batch", draw_images(pictures, [self._title(label) for label in labels]), 0)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if (trainer.global_step + 1) % self.config.trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            pl_module.log("optim/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])
+            if self.config.optim.name == "muon":
+                pl_module.log("optim/muon_lr", optimizer.param_groups[-1]["lr"])
+
+    def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._probabilities = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._probabilities.append(outputs.float().softmax(dim=1).cpu())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        acc = trainer.callback_metrics["val/acc"].item()
+        if self._best is None or acc > self._best[0]:
+            self._best = acc, torch.cat(self._probabilities)
+
+    def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
+        """Write the final metrics of the run, and draw what its best checkpoint makes of the validation images.
+
+        Args:
+            classifier: with that checkpoint's weights.
+            trainer: whose logger shows it.
+            record: the run's ``summary.json``.
+        """
+        switches, writer, step = self.config.dashboard, writer_of(trainer), trainer.global_step
+        metrics = record["metrics"]
+        # By the alphabet, as the HParams tab sorts them, these come before all other tags, the best val/acc first.
+        final = {"acc": metrics["val/acc"], "acc5": metrics["val/acc5"], "test_acc": metrics.get("test/acc")}
+        for key, value in {**final, "parameters": record["parameters"], "seconds": record["seconds"]}.items():
+            if value is not None:  # test=false
+                writer.add_scalar(f"best/{key}", value, step)
+        _, _, end = summary.hparams({}, {})
+        writer._get_file_writer().add_summary(end)
+        classifier.eval()
+        if switches.positions and classifier.net.pos_embed is not None:
+            similarity = position_similarity(classifier.net).cpu().numpy()
+            show(writer, "positions", draw_position_similarity(similarity), step)
+        if switches.attention:
+            show(writer, "attention", draw_attention_of(classifier, self.data), step)
+        if self._best is not None and self._best[0] == metrics["val/acc"]:
+            probabilities = self._best[1]
+            _, labels = self.data.stored("val", torch.arange(len(probabilities)))
+        else:  # the run was resumed after its best epoch
+            probabilities, labels = predict_split(classifier, self.data, "val")
+        figures = draw(probabilities, labels, self.data, "val", self.data.class_names)
+        for name, figure in figures.items():
+            if getattr(switches, name.removesuffix("_superclasses")):
+                show(writer, name, figure, step)
+
+    def _title(self, label: Tensor) -> str:
+        """The class, or of mixed images both with their shares."""
+        names = self.data.class_names
+        if label.ndim == 0:
+            return names[label]
+        shares, classes = label.topk(2)
+        return "\n".join(f"{names[i]} {share:.0%}" for share, i in zip(shares, classes, strict=True) if share > 0)
+
+
+def hyper_parameters(config: Config) -> dict[str, Any]:
+    """What runs are compared by, for TensorBoard's HParams tab: keys as they are typed, and values."""
+    flat = flatten(asdict(config))
+    return {key: flat[key] for key in HYPER_PARAMETERS}
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(
+            {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat
+
+
+def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
+    """Where the class token, or the patches' mean, looks: the rollout, then each head of the last block."""
+    spread = torch.linspace(0, len(data.indices["val"]) - 1, EXPLAINED).long()  # classes may lie one after the other
+    images, labels = data.stored("val", spread)
+    maps = attention_maps(classifier.net, classifier.normalise(images))
+    rollout, heads = attention_rollout(maps)[:, None], maps[:, -1]
+    overlays = on_patches(classifier.net, torch.cat([rollout, heads], dim=1)).cpu().numpy()
+    pictures = images.permute(0, 2, 3, 1).numpy() / 255
+    names = ["rollout", *(f"head {number}" for number in range(1, heads.shape[1] + 1))]
+    return draw_attention(pictures, overlays, names, [data.class_names[label] for label in labels])
+
+
+def writer_of(trainer: L.Trainer) -> SummaryWriter:
+    """TensorBoard's writer of the run."""
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    return trainer.logger.experiment
+
+
+def show(writer: SummaryWriter, name: str, figure: Figure, step: int) -> None:
+    """Put a figure under TensorBoard's images."""
+    writer.add_figure(f"pictures/{name}", figure, step, close=False)  # closing is for pyplot's figures

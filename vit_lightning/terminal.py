@@ -1,0 +1,43 @@
+"""What the commands print: ruled tables on a terminal, plain columns in a file or a pipe."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.box import HEAVY_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from vit_lightning.cli import relative
+
+
+def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
+    """Print a title and a table below it.
+
+    Args:
+        title: one line.
+        header: of the columns.
+        rows: as long as ``header`` each; an empty one for a rule.
+        left: columns that are words, aligned left and broken where the terminal is narrow; the others are numbers.
+    """
+    terminal = sys.stdout.isatty()
+    console = Console(force_terminal=terminal, width=None if terminal else 10_000)  # no window: a row a line
+    table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
+    for number, name in enumerate(header):
+        if number < left:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        if row:
+            table.add_row(*row)
+        else:
+            table.add_section()
+    print(title)
+    console.print(table)
+
+
+def print_files(files: Iterable[Path]) -> None:
+    """Print where files lie, one a line, as a person would type them from here."""
+    for file in files:
+        print(relative(file))
