@@ -1,0 +1,156 @@
+"""The search command: whole studies on the digits, killed ones, and spaces that cannot be."""
+
+import json
+import shlex
+import subprocess
+import sys
+import time
+
+import optuna
+import optuna_dashboard
+import pytest
+from conftest import command, composed
+from optuna.trial import TrialState
+from PIL import Image
+from werkzeug.test import Client
+
+from vit_lightning.config import InputError
+
+TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=1", "model.mlp_head_units=[]"]
+SPACE = "{optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, optim.weight_decay: {low: 0, high: 1, step: 0.1}}"
+SHORT = [*TINY, "trainer.max_epochs=3", "data.batch_size=128", "~space", f"+space={SPACE}"]
+
+
+def study_of(folder, name="study"):
+    return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/outputs/search/{name}/study.db")
+
+
+def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path):
+    arguments = [*SHORT, "search.trials=3", "search.seed=0", "search.prune=false"]
+    result = command("search", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    study = study_of(tmp_path)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 3
+    folder = tmp_path / "outputs" / "search" / "study"
+    for trial in study.trials:
+        summary = json.loads((folder / f"trial-{trial.number:04}" / "summary.json").read_text())
+        assert summary["metrics"]["val/acc"] == pytest.approx(trial.value)
+        assert "test/acc" not in summary["metrics"]
+        for key, value in trial.params.items():
+            group, name = key.split(".")
+            assert summary["config"][group][name] == pytest.approx(value)
+        assert 1e-4 <= trial.params["optim.lr"] <= 1e-2
+    *_, picture, again = result.stdout.splitlines()
+    Image.open(tmp_path / picture).verify()
+    best = [f"{key}={value}" for key, value in study.best_params.items()]
+    settings = [item for item in SHORT if "space" not in item]
+    assert shlex.split(again) == ["python", "-m", "vit_lightning.train", *settings, *best]
+
+    more = command("search", *[item.replace("trials=3", "trials=4") for item in arguments], cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    assert more.stdout.count("trial 3: ") == 1
+    assert len(study_of(tmp_path).trials) == 4
+
+    response = Client(optuna_dashboard.wsgi(study._storage)).get("/api/studies")
+    [shown] = response.json["study_summaries"]
+    assert shown["study_name"] == "study"
+
+
+def test_a_dead_workers_trial_is_taken_up_where_it_stopped(tmp_path):
+    arguments = [*SHORT, "search.trials=2", "search.heartbeat=1", "search.prune=false", "trainer.max_epochs=6"]
+    killed = [sys.executable, "-m", "vit_lightning.search", *arguments]
+    with subprocess.Popen(killed, cwd=tmp_path, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 3/6"):
+                process.kill()
+    assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.RUNNING]
+    time.sleep(3)  # two heartbeats and more
+    result = command("search", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "outputs/search/study/trial-0000 holds this run, which was interrupted; it goes on" in result.stdout
+    states = [trial.state for trial in study_of(tmp_path).trials]
+    assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
+    dead, heir = study_of(tmp_path).trials[:2]
+    assert heir.params == dead.params
+    assert sorted(heir.intermediate_values) == [3, 4, 5, 6]
+
+
+def test_a_trial_that_promises_nothing_is_pruned(tmp_path):
+    """Beside one that was right nine times of ten from its first epoch on."""
+    folder = tmp_path / "outputs" / "search" / "study"
+    folder.mkdir(parents=True)
+    domain = optuna.distributions.CategoricalDistribution([1e-9])
+    good = optuna.create_trial(
+        value=0.9, params={"optim.lr": 1e-9}, distributions={"optim.lr": domain}, intermediate_values={1: 0.9, 2: 0.9}
+    )
+    study = optuna.create_study(study_name="study", storage=f"sqlite:///{folder}/study.db", direction="maximize")
+    study.add_trial(good)
+    space = ["~space", "+space={optim.lr: {choices: [1.0e-9]}}"]
+    settings = ["search.trials=2", "search.startup=1", "search.warmup=0"]
+    result = command("search", *TINY, "trainer.max_epochs=3", *settings, *space, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "trial 1: pruned after epoch 1" in result.stdout
+    assert [trial.state for trial in study_of(tmp_path).trials] == [TrialState.COMPLETE, TrialState.PRUNED]
+
+
+def test_values_that_do_not_go_together_end_their_trial_alone(tmp_path):
+    space = ["~space", "+space={model.heads: {choices: [5, 7]}}"]
+    result = command("search", *TINY, "search.trials=2", *space, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stdout.count("model.embed_dim=64 is not divisible by model.heads=") == 2
+    assert result.stderr == "error: search: not one trial came to its end; widen search.timeout or the space\n"
+
+
+def test_two_workers_share_a_study(tmp_path):
+    arguments = [sys.executable, "-m", "vit_lightning.search", *SHORT, "search.trials=4", "search.prune=false"]
+    workers = [subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for worker in workers:
+        _, stderr = worker.communicate()
+        assert worker.returncode == 0, stderr
+    states = [trial.state for trial in study_of(tmp_path).trials]
+    assert states.count(TrialState.COMPLETE) in (4, 5)  # the last two may have begun at once
+    folders = sorted(path.name for path in (tmp_path / "outputs/search/study").glob("trial-*/summary.json"))
+    assert len(folders) == len(states)
+
+
+def test_a_storage_of_something_else_is_refused(tmp_path):
+    first = command("search", *SHORT, "search.trials=1", "search.prune=false", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    other = command("search", *SHORT, "search.trials=1", "model.dropout=0.2", cwd=tmp_path)
+    assert other.returncode == 1
+    assert "error: search.study=study in sqlite:///" in other.stderr
+    assert "has another space or other settings; give it another name" in other.stderr
+    (tmp_path / "notes.txt").write_text("no database at all" * 100)
+    wrong = command("search", *SHORT, "search.storage=sqlite:///notes.txt", "search.study=b", cwd=tmp_path)
+    assert wrong.returncode == 1
+    [line] = wrong.stderr.splitlines()
+    assert line.startswith("error: search.storage=sqlite:///notes.txt cannot be opened as the storage of a study (")
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ("{optim.lrr: {low: 1, high: 2}}", "optim.lrr is not a key of the configuration"),
+        ("{optim.lr: 3}", "optim.lr must have {choices: [a, b]} or {low: 1, high: 4} with step or log, not 3"),
+        ("{optim.lr: {low: 1}}", "optim.lr must have {choices: "),
+        ("{optim.lr: {low: 2, high: 1}}", "of optim.lr, low=2 must be below high=1"),
+        ("{optim.lr: {low: 0, high: 1, log: true}}", "optim.lr on a log scale begins above 0"),
+        ("{optim.lr: {low: a, high: 1}}", "low, high and step of optim.lr must be numbers"),
+        ("{optim.lr: {low: 0, high: 1, stop: 3}}", "optim.lr has stop, which is not known"),
+        ("{model.layers: {choices: []}}", "the choices of model.layers must be a list of one or more"),
+        ("{}", "space= is empty"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused(space, message):
+    with pytest.raises(InputError) as error:
+        composed("~space", f"+space={space}", name="search")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "setting", ["search.sampler=tpee", "search.trials=0", "search.heartbeat=0", "search.study=a/b"]
+)
+def test_settings_of_the_search_are_checked(setting):
+    with pytest.raises(InputError, match=setting.replace("=", ".")):
+        composed(setting, name="search")
