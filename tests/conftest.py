@@ -2,6 +2,11 @@
 
 import multiprocessing
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that all take every core wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# isort: split
 import runpy
 import shutil
 import subprocess

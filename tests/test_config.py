@@ -32,13 +32,13 @@ def test_defaults_of_conf_and_schema_agree():
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    composed(option)
+    composed(option, name="search" if option.startswith("space=") else "config")
 
 
 def test_every_option_is_in_the_help():
-    text = (CONF / "config.yaml").read_text()
     for option in OPTIONS:
         group, name = option.split("=")
+        text = (CONF / ("search.yaml" if group == "space" else "config.yaml")).read_text()
         [described] = re.findall(rf"^ +{group} +(.*\n(?: {{20}}.*\n)*)", text, re.M)
         assert name in re.findall(r"\w+", described), option
 

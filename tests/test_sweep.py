@@ -2,6 +2,11 @@
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -79,3 +84,44 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.mlp_head_units=[16]", "dashboard=curves"]
+
+
+def test_jobs_side_by_side_share_the_cores(tmp_path):
+    launcher = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
+    grid = ["model.heads=2,4,5", "model.layers=1", "trainer=debug"]
+    arguments = [sys.executable, "-m", "vit_lightning.train", *launcher, *TINY, *grid]
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert "  sweep/model.heads-5: error: model.embed_dim=64 is not divisible by" in result.stderr.splitlines()[-1]
+    runs = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("sweep/*/summary.json"))]
+    assert [run["config"]["model"]["heads"] for run in runs] == [2, 4]
+    for run in runs:
+        assert run["hardware"]["threads"] == max(1, run["hardware"]["cores"] // 2)
+        assert run["command"].startswith("python -m vit_lightning.train data=digits ")
+    with (tmp_path / "sweep" / "summary.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == 2
+
+
+def test_a_job_that_slurm_preempts_goes_on_when_it_is_requeued(tmp_path):
+    """By submitit's local stand-in for SLURM, which sends the same signal and requeues in the same way."""
+    launcher = ["-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]
+    grid = ["seed=0,1", "model.layers=1", "trainer.max_epochs=6", "data.batch_size=16"]
+    arguments = [sys.executable, "-m", "vit_lightning.train", *launcher, *TINY, *grid]
+    with subprocess.Popen(arguments, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as sweep:
+        run = tmp_path / "sweep" / "seed-1"
+        while not ((run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > 2):
+            assert sweep.poll() is None
+            time.sleep(0.1)
+        [events] = run.glob("events.*")
+        os.kill(int(events.name.split(".")[-2]), signal.SIGUSR2)
+        _, stderr = sweep.communicate()
+    assert sweep.returncode == 0, stderr.decode()
+    logs = [path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_log.out")]
+    assert sum("sweep/seed-1 holds this run, which was interrupted; it goes on" in log for log in logs) == 1
+    for seed in range(2):
+        with (tmp_path / "sweep" / f"seed-{seed}" / "metrics.csv").open() as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == list("123456")

@@ -218,16 +218,56 @@ def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
     assert module.net.pos_embed.shape == (1, 145, 64)
 
 
-def test_multirun_gives_each_job_a_directory(start):
+def test_a_sweep_names_its_jobs_and_ends_with_a_table(start):
     sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.layers=1,2", "trainer.check_val_every_n_epoch=2"]
-    result = command("train", *sweep, cwd=start)
+    result = command("train", *sweep, "hydra.sweep.dir=sweep", cwd=start)
     assert result.returncode == 0, result.stderr
-    jobs = sorted(path.parent for path in start.glob("outputs/multirun/*/*/*/summary.json"))
-    assert [job.name for job in jobs] == ["0", "1"]
+    jobs = [start / "sweep" / f"model.layers-{layers}" for layers in (1, 2)]
     assert [summary_of(job)["config"]["model"]["layers"] for job in jobs] == [1, 2]
     assert [summary_of(job)["overrides"].count("model.layers=1") for job in jobs] == [1, 0]
+    assert summary_of(jobs[1])["command"].startswith("python -m vit_lightning.train data=digits trainer=debug ")
+    assert "model.layers=2" in summary_of(jobs[1])["command"].split()
     with (jobs[0] / "metrics.csv").open() as file:
         assert [row["val/acc"] == "" for row in csv.DictReader(file)] == [True, False]
+    with (start / "sweep" / "summary.csv").open() as file:
+        table = list(csv.DictReader(file))
+    best = sorted((summary_of(job)["metrics"]["val/acc"] for job in jobs), reverse=True)
+    assert [float(row["val/acc"]) for row in table] == pytest.approx(best)
+    lines = result.stdout.splitlines()
+    assert [line.split()[0] for line in lines[-4:]] == [
+        *(row["setting"] for row in table),
+        *("sweep/summary.csv", "sweep/summary.png"),
+    ]
+    Image.open(start / "sweep" / "summary.png").verify()
+
+
+def test_a_sweep_started_again_runs_what_has_not_finished(start):
+    """One job done, one killed after its first epoch, one new."""
+    tiny = ["data=digits", "trainer=debug", *SMALL, "trainer.max_epochs=3"]
+    assert command("train", *tiny, "seed=0", "hydra.run.dir=again/seed-0", cwd=start).returncode == 0
+    killed = start / "again" / "seed-1"
+    arguments = [sys.executable, "-m", "vit_lightning.train", *tiny, "seed=1", f"hydra.run.dir={killed}"]
+    with subprocess.Popen(arguments, cwd=start, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("epoch 2/3"):
+                process.kill()
+    result = command("train", "-m", *tiny, "seed=0,1,2", "hydra.sweep.dir=again", cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert "again/seed-0 holds this run, which came to its end: val/acc" in result.stdout
+    assert "again/seed-1 holds this run, which was interrupted; it goes on" in result.stdout
+    started = [line for line in result.stdout.splitlines() if line.startswith("epoch 1/3")]
+    assert len(started) == 1  # seed 2
+    for seed in range(3):
+        assert len(rows_of(start / "again" / f"seed-{seed}")) == 3
+
+
+def test_a_preset_is_a_sweep(start):
+    tiny = ["data=digits", "trainer=debug", "model.image_size=16", "model.layers=1", "model.mlp_head_units=[]"]
+    where = ["hydra.sweep.dir=preset", "dashboard=curves"]
+    result = command("train", "sweep=patch_size", "model.patch_size=4,8", *tiny, *where, cwd=start)
+    assert result.returncode == 0, result.stderr
+    names = {path.parent.name for path in (start / "preset").glob("*/summary.json")}
+    assert names == {"model.patch_size-4", "model.patch_size-8"}
 
 
 def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
@@ -235,25 +275,48 @@ def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
     where = ["trainer.max_time=00:00:00:01", "hydra.sweep.dir=ablation"]
     result = command("train", "-m", "experiment=ablation", "ablation=glob([ba*,co*])", *tiny, *where, cwd=start)
     assert result.returncode == 0, result.stderr
-    jobs = {path.parent.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/*/summary.json")}
-    base = flatten(jobs["base"]["config"])
+    jobs = {path.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/summary.json")}
+    base = flatten(jobs["ablation-base"]["config"])
     changed = {
         name: {key for key, value in flatten(job["config"]).items() if value != base[key]} for name, job in jobs.items()
     }
-    assert changed == {"base": set(), "cosine": {"optim.schedule"}}
+    assert changed == {"ablation-base": set(), "ablation-cosine": {"optim.schedule"}}
 
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
-    before = set(start.glob("outputs/multirun/*/*"))
-    result = command("train", "-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", cwd=start)
+    sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", "hydra.sweep.dir=failing"]
+    result = command("train", *sweep, cwd=start)
     assert result.returncode == 1
     for job, heads in ((0, 5), (2, 7)):
         [line] = [line for line in result.stderr.splitlines() if line.startswith(f"job {job} (")]
-        assert f"model.heads={heads}" in line
-        assert f"error: model.embed_dim=64 is not divisible by model.heads={heads}" in line
-    assert result.stderr.splitlines()[-1] == "error: 2 of 3 jobs failed, as said above"
-    [sweep] = set(start.glob("outputs/multirun/*/*")) - before
-    assert [path.parent.name for path in sweep.rglob("summary.json")] == ["1"]
+        message = f"error: model.embed_dim=64 is not divisible by model.heads={heads}"
+        assert line.startswith(f"job {job} (model.heads-{heads}): {message}")
+        assert message in (start / "failing" / f"model.heads-{heads}" / "error.txt").read_text()
+    header, *failed = result.stderr.splitlines()[-3:]
+    assert header == "error: of the sweep's jobs 2 failed:"
+    for line, heads in zip(failed, (5, 7), strict=True):
+        assert line.startswith(f"  failing/model.heads-{heads}: error: model.embed_dim=64 is not divisible by")
+    assert [path.parent.name for path in (start / "failing").rglob("summary.json")] == ["model.heads-2"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.layerz=1,2", "model.layerz is not a key; did you mean model.layers?"),
+        ("+model.layerz=1,2", "model.layerz is not a key; did you mean model.layers?"),
+        ("model.layers=1,2,1", "model.layers=1,2,1 has 1 twice; every job of a sweep is another"),
+        ("model.layers=range(4,2)", "model.layers=range(4,2) has no value; name some, as in model.layers=1,2"),
+        ("model.layers=1,many", "model.layers=many"),
+        ("sweep=layerz", "sweep=layerz is not known; choose one of layers_width, lr_decay, patch_size, seeds"),
+    ],
+)
+def test_an_impossible_grid_ends_before_its_first_job(tmp_path, setting, message):
+    result = command("train", "-m", "data=digits", setting, "hydra.sweep.dir=sweep", cwd=tmp_path)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not list(tmp_path.glob("sweep/*/*"))
 
 
 def test_a_terminal_shows_a_progress_bar_and_keeps_a_line_an_epoch(start):

@@ -9,6 +9,7 @@ A small Vision Transformer as a PyTorch Lightning experiment project.
   python -m vit_lightning.evaluate    count what a trained network gets right, class by class
   python -m vit_lightning.predict     name what pictures show
   python -m vit_lightning.export      write a network into one ONNX or torch.export file
+  python -m vit_lightning.search      search for better hyper-parameters with Optuna
   python -m vit_lightning.sweep       what the runs of a sweep came to
   python -m vit_lightning.benchmark   measure the speed beside other libraries
 

@@ -8,16 +8,20 @@ import difflib
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar, get_args
+from typing import Any, ClassVar, TypeVar, get_args
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
 from hydra.errors import MissingConfigException, OverrideParseException
+from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -28,12 +32,21 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vit_lightning.config import BenchmarkRun, Config, EvaluateConfig, ExportConfig, InputError, PredictConfig
+from vit_lightning.config import (
+    BenchmarkRun,
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    InputError,
+    PredictConfig,
+    SearchRun,
+)
 
 CONF = Path(__file__).parent.parent / "conf"
 SCHEMAS: dict[str, type] = {  # by primary file in conf/
     "config": Config,
     "benchmark": BenchmarkRun,
+    "search": SearchRun,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
@@ -44,47 +57,112 @@ SchemaT = TypeVar("SchemaT")
 def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run ``task`` on it, or a sweep of tasks.
 
+    A job of a sweep that fails stops no other; what went wrong stays in its directory as ``error.txt``.
+
     Args:
-        task: takes the checked configuration and the run's new directory; what it returns is what a sweeper
-            maximises or minimises.
+        task: takes the checked configuration and the run's directory; what it returns is what a sweeper maximises or
+            minimises.
         schema: class of the configuration, one of ``SCHEMAS``, whose names are those of the primary files in ``conf/``.
     """
     [name] = [name for name, known in SCHEMAS.items() if known is schema]
     register_schemas()
-    started = failed = 0
+    started = False
+    typed = sys.argv[1:]
 
     def job(cfg: DictConfig) -> float:
-        nonlocal started, failed
-        started += 1
+        nonlocal started
+        started = True
+        sys.argv[1:] = typed
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
+            (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
             return task(to_config(cfg, schema), run_dir)
         except Exception as error:
             mistake = isinstance(error, InputError | OmegaConfBaseException)
-            if mistake:
+            if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
+                text = one_line(error, schema) if mistake else traceback.format_exc().strip()
+                print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
+                (run_dir / "error.txt").write_text(f"{' '.join(overrides())}\n{text}\n")
+            elif mistake:
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()  # only if it came before the first file
-            if mistake and hydra_config.mode is RunMode.RUN:
                 sys.exit(one_line(error, schema))
-            if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
-                failed += 1
-                text = one_line(error, schema) if mistake else traceback.format_exc()
-                print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
             raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing its own report
+    start = time.time()
+    SweepDirectory.path = None
+    failed: list[str] = []
     try:
+        sys.argv += check_grid(typed, schema)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if failed:
-            sys.exit(f"error: {failed} of {started} jobs failed, as said above")
-        if not started:  # the command line could not be composed, or the run's directory not made
+        if SweepDirectory.path is not None:
+            errors = [path for path in SweepDirectory.path.rglob("error.txt") if path.stat().st_mtime >= start]
+            failed = [f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(errors)]
+        if not failed and not started:  # the command line could not be composed, or the run's directory not made
             sys.exit(one_line(error, schema))
-        raise
+        if not failed:
+            raise
+    finally:
+        sys.argv[1:] = typed
+    if SweepDirectory.path is not None and any(SweepDirectory.path.rglob("summary.json")):
+        from vit_lightning.sweep import show
+
+        show(SweepDirectory.path)
+    if failed:
+        sys.exit("\n".join([f"error: of the sweep's jobs {len(failed)} failed:", *failed]))
+
+
+class SweepDirectory(Callback):
+    """Where the jobs of a sweep land, as Hydra tells the process that starts them; ``None`` if there is no sweep."""
+
+    path: ClassVar[Path | None] = None
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        SweepDirectory.path = Path(config.hydra.sweep.dir)
+
+
+def check_grid(arguments: list[str], schema: type) -> list[str]:
+    """Refuse what would fail every job of a sweep, or make two jobs one.
+
+    Args:
+        arguments: of the command.
+        schema: of its configuration.
+
+    Returns:
+        Hydra's setting by which a job's directory is named after what the sweep varies, and after nothing else.
+
+    Raises:
+        InputError: if a key is unknown, or a list of values empty or with a value twice.
+    """
+    given = [item for item in arguments if "=" in item and not item.startswith("-")]  # no options, as --cfg job
+    try:
+        settings = OverridesParser.create().parse_overrides(given)
+    except OverrideParseException:
+        return []  # Hydra will say so
+    fixed: dict[str, bool] = {}  # of a key that is set twice the last counts
+    for setting in settings:
+        key, value = setting.key_or_group, setting.value()
+        if setting.is_add() and not key.startswith("hydra"):
+            group, _, name = key.rpartition(".")
+            part = sections(schema).get(group) if group else schema
+            if part is None or name not in [field.name for field in fields(part)]:
+                raise InputError(_unknown_key(key, schema))
+        if isinstance(value, ChoiceSweep | RangeSweep):
+            values = list(setting.sweep_string_iterator())
+            twice = [item for number, item in enumerate(values) if item in values[:number]]
+            if twice:
+                raise InputError(f"{setting.input_line} has {twice[0]} twice; every job of a sweep is another")
+            if not values:
+                raise InputError(f"{setting.input_line} has no value; name some, as in {key}=1,2")
+        fixed[key] = not setting.is_sweep_override()
+    names = ",".join(key for key, is_fixed in fixed.items() if is_fixed)
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{names}]"]
 
 
 def register_schemas() -> None:
@@ -174,7 +252,7 @@ def _unknown_key(key: str, schema: type) -> str:
         more = f" ({group}. has {', '.join(known[group])})"
     else:
         keys = [f"{group}.{name}" for group, names in known.items() for name in names]
-        keys += [field.name for field in fields(schema)] + ["experiment", "ablation"]
+        keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
         near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""

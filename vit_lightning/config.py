@@ -422,6 +422,85 @@ class BenchmarkRun(Config):
 
 
 @dataclass(slots=True)
+class SearchConfig:
+    """How ``vit_lightning.search`` goes about (``search.…``).
+
+    Attributes:
+        study: name of the study; its trials lie in ``outputs/search/<study>/``.
+        storage: URL of the database that holds it; ``None`` for ``study.db`` beside its trials.
+        trials: that are to come to their end or be pruned, by all processes and starts together.
+        timeout: seconds after which a process begins no further trial; ``None`` for no limit.
+        sampler: ``tpe`` (Bergstra et al., 2011) or ``random``.
+        prune: whether a trial ends once its best ``val/acc`` so far is below the median of the others' at its epoch.
+        startup: trials that come to their end before one is pruned.
+        warmup: epochs of a trial before it may be pruned.
+        heartbeat: seconds between a process's signs of life; a trial without one for twice as long is taken up anew.
+        seed: of the sampler; ``None`` for another one in each process.
+    """
+
+    study: str = "study"
+    storage: str | None = None
+    trials: int = 20
+    timeout: float | None = None
+    sampler: str = "tpe"
+    prune: bool = True
+    startup: int = 5
+    warmup: int = 1
+    heartbeat: int = 60
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("tpe", "random", search__sampler=self.sampler)
+        _at_least(1, search__trials=self.trials, search__heartbeat=self.heartbeat)
+        _at_least(0, search__timeout=self.timeout, search__startup=self.startup, search__warmup=self.warmup)
+        if not re.fullmatch(r"[\w.-]+", self.study):
+            raise InputError(f"search.study={self.study} names a directory: letters, digits, dots and dashes will do")
+
+
+@dataclass(slots=True)
+class SearchRun(Config):
+    """A run's configuration, the space to search for better values in, and how.
+
+    Attributes:
+        space: by key of the configuration, its domain: ``{choices: [a, b]}``, or ``{low: 1, high: 4}`` with ``step`` or
+            ``log: true``; whole numbers if all are.
+    """
+
+    search: SearchConfig = field(default_factory=SearchConfig)
+    space: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Config.__post_init__(self)
+        if not self.space:
+            raise InputError("space= is empty; choose one, as in space=recipe, or write one into conf/space/")
+        for key, domain in self.space.items():
+            part, _, name = key.rpartition(".")
+            if not hasattr(getattr(self, part, None) if part else self, name):
+                raise InputError(f"space: {key} is not a key of the configuration; --help lists them")
+            _domain(key, domain)
+
+
+def _domain(key: str, domain: Any) -> None:
+    """Refuse what is no domain of a search space."""
+    kinds = "{choices: [a, b]} or {low: 1, high: 4} with step or log"
+    if not isinstance(domain, dict) or not (domain.keys() == {"choices"} or {"low", "high"} <= domain.keys()):
+        raise InputError(f"space: {key} must have {kinds}, not {domain}")
+    if "choices" in domain:
+        if not isinstance(domain["choices"], list) or not domain["choices"]:
+            raise InputError(f"space: the choices of {key} must be a list of one or more, not {domain['choices']}")
+        return
+    for name in domain.keys() - {"low", "high", "step", "log"}:
+        raise InputError(f"space: {key} has {name}, which is not known; {kinds}")
+    numbers = [domain["low"], domain["high"], domain.get("step") or 1]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
+        raise InputError(f"space: low, high and step of {key} must be numbers, not {domain}")
+    if not domain["low"] < domain["high"]:
+        raise InputError(f"space: of {key}, low={domain['low']} must be below high={domain['high']}")
+    if domain.get("log") and (domain["low"] <= 0 or domain.get("step")):
+        raise InputError(f"space: {key} on a log scale begins above 0 and has no step")
+
+
+@dataclass(slots=True)
 class EvaluateConfig:
     """What ``vit_lightning.evaluate`` counts.
 

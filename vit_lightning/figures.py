@@ -108,6 +108,55 @@ def draw_benchmark(report: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def draw_sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation accuracy of each setting of a sweep: its runs, their mean and standard deviation; the best on top.
+
+    Args:
+        rows: as of :func:`vit_lightning.sweep.summarise`.
+    """
+    figure = Figure(figsize=(8, 1.2 + 0.3 * len(rows)), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        runs = [100 * accuracy for accuracy in row["accuracies"]]
+        axes.plot(runs, [place] * len(runs), "o", color=TRAIN, alpha=0.5, label="a run" if place == 0 else None)
+        mean, spread = 100 * row["val/acc"], 100 * (row["val/acc ±"] or 0)
+        if len(runs) > 1:
+            label = "mean and standard deviation" if place == 0 else None
+            axes.errorbar(mean, place, xerr=spread, fmt="|", color=VAL, capsize=4, markersize=12, label=label)
+    axes.set_yticks(range(len(rows)), [row["setting"] or "all runs" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="validation top-1 (%)")
+    figure.legend(loc="outside upper right", ncols=2)
+    return figure
+
+
+def draw_search(history: Mapping[int, float], importances: Mapping[str, float]) -> Figure:
+    """Accuracy of each trial of a search with the best so far, and how much of its variance each key explains.
+
+    Args:
+        history: ``val/acc``, in [0, 1], of each trial that came to its end, by the trial's number.
+        importances: by key, in [0, 1]; may be empty.
+    """
+    figure = Figure(figsize=(10, 3.6), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    numbers = list(history)
+    values = 100 * np.array(list(history.values()))
+    left.plot(numbers, values, "o", color=TRAIN, label="a trial")
+    left.step(numbers, np.maximum.accumulate(values), color=VAL, where="post", label="the best so far")
+    left.set(xlabel="trial", ylabel="validation top-1 (%)")
+    left.xaxis.get_major_locator().set_params(integer=True)
+    left.legend(loc="lower right")
+    names = list(importances)
+    right.barh(range(len(names)), [100 * importances[name] for name in names], color=TRAIN)
+    right.set_yticks(range(len(names)), names)
+    right.invert_yaxis()
+    right.set(xlabel="importance (%)", xlim=(0, 100))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    return figure
+
+
 def draw_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     """How often each class was taken for each, as shares of its images; written into the cells where there is room.
 

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
+
+from vit_lightning.cli import overrides
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy", "pillow", "scikit-learn")
 
@@ -32,7 +36,9 @@ def provenance() -> dict[str, Any]:
 
 
 def command() -> str:
-    """The command of this process, as it can be typed again."""
+    """The command of this process, or of this job of a sweep, as it can be typed again."""
+    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
+        return shlex.join(["python", "-m", f"vit_lightning.{HydraConfig.get().job.name}", *overrides()])
     main = sys.modules["__main__"].__spec__
     program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
     return shlex.join([*program, *sys.argv[1:]])

@@ -12,8 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.config import InputError
+from vit_lightning.figures import draw_sweep
 from vit_lightning.terminal import print_files, print_table
 
+HELP = """\
+Say what the runs of a sweep came to, finished or not.
+
+  python -m vit_lightning.sweep summary dir=outputs/multirun/…
+
+Prints a row for each setting, the best validation accuracy first, the mean and standard deviation over runs that
+differ in nothing but their seed, and writes it to summary.csv and summary.png in that directory. A sweep does so itself
+at its end. Started again with hydra.sweep.dir set to its directory, a sweep runs only what has not finished."""
 COLUMNS = ("runs", "val/acc", "val/acc ±", "val/acc5", "epochs", "seconds", "images/s", "parameters")
 
 
@@ -24,13 +33,14 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
         directory: of a sweep; every ``summary.json`` below it is a run.
 
     Returns:
-        ``setting`` (the overrides that not all runs share, but for the seed) and ``COLUMNS``: accuracies in [0, 1];
-        ``val/acc ±`` is the sample standard deviation, ``None`` of a single run.
+        ``setting`` (the overrides that not all runs share, but for the seed), ``COLUMNS`` and ``accuracies``, the
+        ``val/acc`` of each run, in [0, 1]; ``val/acc ±`` is the sample standard deviation, ``None`` of a single run.
 
     Raises:
         InputError: if there is no run.
     """
     runs = [json.loads(path.read_text()) for path in sorted(directory.glob("**/summary.json"))]
+    runs = [run for run in runs if "overrides" in run]  # summaries before there were sweeps had none
     if not runs:
         raise InputError(f"dir={directory} holds no summary.json of a run that came to its end")
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
@@ -46,6 +56,7 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
                 "setting": setting,
                 "runs": len(group),
                 "val/acc": statistics.mean(accuracies),
+                "accuracies": accuracies,
                 "val/acc ±": statistics.stdev(accuracies) if len(group) > 1 else None,
                 "val/acc5": statistics.mean(run["metrics"]["val/acc5"] for run in group),
                 "epochs": statistics.mean(run["epochs"] for run in group),
@@ -57,17 +68,13 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["val/acc"])
 
 
-def main() -> None:
-    """Print the table of a sweep and write it beside its runs."""
-    try:
-        match sys.argv[1:]:
-            case ["summary", argument] if argument.startswith("dir="):
-                directory = Path(argument.removeprefix("dir=")).expanduser()
-            case _:
-                raise InputError("the command is: python -m vit_lightning.sweep summary dir=DIRECTORY")
-        rows = summarise(directory)
-    except InputError as error:
-        sys.exit(f"error: {error}")
+def show(directory: Path) -> None:
+    """Print the table of a sweep, and write it beside its runs, with a picture.
+
+    Raises:
+        InputError: if there is no run.
+    """
+    rows = summarise(directory)
     cells = []
     for row in rows:
         spread = "" if row["val/acc ±"] is None else f"{row['val/acc ±']:.1%}"
@@ -76,10 +83,25 @@ def main() -> None:
     header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
     print_table("validation, the mean over runs that differ in their seed", header, cells)
     with (directory / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("setting", *COLUMNS))
+        writer = csv.DictWriter(file, ("setting", *COLUMNS), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-    print_files([directory / "summary.csv"])
+    draw_sweep(rows).savefig(directory / "summary.png")
+    print_files(directory / name for name in ("summary.csv", "summary.png"))
+
+
+def main() -> None:
+    """Run the command."""
+    match sys.argv[1:]:
+        case ["--help"] | ["-h"]:
+            print(HELP)
+        case ["summary", argument] if argument.startswith("dir="):
+            try:
+                show(Path(argument.removeprefix("dir=")).expanduser())
+            except InputError as error:
+                sys.exit(f"error: {error}")
+        case _:
+            sys.exit("error: the command is: python -m vit_lightning.sweep summary dir=DIRECTORY")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ that a mistake in it is reported at once.
 import contextlib
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,13 @@ if TYPE_CHECKING:
     from vit_lightning.data import ImageData
 
 
-def train(config: Config, run_dir: Path) -> float:
+def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | None = None) -> float:
     """Train, test the best checkpoint, and write everything a run leaves into ``run_dir``.
+
+    Args:
+        config: of the run.
+        run_dir: where nothing lies yet, or this very run, which then goes on where it stopped.
+        report: is called after every validation with the epoch, from 1, and ``val/acc``; what it raises ends the run.
 
     Returns:
         The best ``val/acc``, in [0, 1], for a sweeper to maximise.
@@ -37,7 +43,7 @@ def train(config: Config, run_dir: Path) -> float:
     from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder, StopAtTarget
+    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtTarget
     from vit_lightning.checkpoint import start_from
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.dashboard import Dashboard, hyper_parameters
@@ -56,8 +62,17 @@ def train(config: Config, run_dir: Path) -> float:
             run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
         run_dir = interrupted.parent.parent
     elif (run_dir / "config.yaml").exists():
-        cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
-        raise InputError(f"{relative(run_dir)} holds another run; {cure}")
+        saved = saved_config(run_dir)
+        if not same_run(config, saved):
+            cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
+            raise InputError(f"{relative(run_dir)} holds another run; {cure}")
+        if (run_dir / "summary.json").exists():
+            best = json.loads((run_dir / "summary.json").read_text())["metrics"]["val/acc"]
+            print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {best:.1%}")
+            return best
+        if (run_dir / "checkpoints" / "last.ckpt").exists():
+            interrupted = run_dir / "checkpoints" / "last.ckpt"
+            print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
     check_accelerator(config.trainer)
     record = provenance()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -90,6 +105,8 @@ def train(config: Config, run_dir: Path) -> float:
         callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
         callbacks.append(StopAtTarget(config.target_acc or 0.0, config.target_acc5 or 0.0))
+    if report is not None:
+        callbacks.append(Report(report))
     if bar:
         callbacks.append(RichProgressBar())
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
@@ -112,9 +129,9 @@ def train(config: Config, run_dir: Path) -> float:
         # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
         classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
         [test] = trainer.test(classifier, datamodule=data, verbose=False) if config.test else [{}]
-    except SystemExit:  # Lightning's answer to Ctrl-C
+    except SystemExit as end:
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(130 if end.code == 1 else end.code)  # 1 is Lightning's answer to Ctrl-C; others are a launcher's
 
     best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
     summary = {
@@ -176,8 +193,6 @@ def interrupted_run(config: Config) -> tuple[Path, Config]:
     Raises:
         InputError: if there is none, or the run is over, or ``config`` has other settings.
     """
-    import yaml
-
     assert config.resume is not None
     if replace(config, resume=None) != Config():
         raise InputError("resume=… goes on with the run's own configuration; leave other settings out")
@@ -187,9 +202,22 @@ def interrupted_run(config: Config) -> tuple[Path, Config]:
         raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; name a run's directory, outputs/…")
     if (folder / "summary.json").exists():
         raise InputError(f"resume={config.resume} is a run that came to its end; there is nothing left to do")
-    saved = yaml.safe_load((folder / "config.yaml").read_text())
+    return checkpoint, saved_config(folder)
+
+
+def saved_config(run_dir: Path) -> Config:
+    """The configuration that a run was started with."""
+    import yaml
+
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
     parts = {name: part(**saved.pop(name)) for name, part in sections(Config).items()}
-    return checkpoint, Config(**parts, **saved)
+    return Config(**parts, **saved)
+
+
+def same_run(config: Config, saved: Config) -> bool:
+    """Whether ``config`` asks for the run of ``saved``, in which classes and channels follow the data."""
+    followed = {key: getattr(saved.model, key) for key in ("num_classes", "channels") if not getattr(config.model, key)}
+    return replace(config, model=replace(config.model, **followed)) == saved
 
 
 def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
