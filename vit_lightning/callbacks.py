@@ -48,6 +48,11 @@ class EpochRecorder(Callback):
         rates = [row["train/images_per_second"] for row in self.rows]
         return statistics.median(rates[1:] or rates)
 
+    @property
+    def best(self) -> dict[str, float]:
+        """The row of the best ``val/acc``."""
+        return max(self.rows, key=lambda row: row.get("val/acc", -1.0))
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
         return {"rows": self.rows, "samples_seen": self.samples_seen, "images": self.images}
@@ -60,6 +65,8 @@ class EpochRecorder(Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
+        if not trainer.is_global_zero:
+            return
         with (self.run_dir / "metrics.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
@@ -109,6 +116,7 @@ class EpochRecorder(Callback):
         self.images["test"] += len(batch[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._add_up(trainer, "train", "val")
         self.samples_seen += self.images["train"]
         train_seconds = (self._epoch_end or now()) - self._epoch_start
         row = {
@@ -122,16 +130,27 @@ class EpochRecorder(Callback):
             if self._validated or not name.startswith("val/"):  # else a value of an earlier epoch
                 row[name] = trainer.callback_metrics[name].item()
         self.rows.append(row)
+        pl_module.log("speed/images_per_second", row["train/images_per_second"], rank_zero_only=True)
+        pl_module.log("speed/memory_gb", memory() / 1e9, rank_zero_only=True)
+        if not trainer.is_global_zero:
+            return
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
-        pl_module.log("speed/images_per_second", row["train/images_per_second"])
-        pl_module.log("speed/memory_gb", memory() / 1e9)
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
         print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
 
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._add_up(trainer, "test")
+
+    def _add_up(self, trainer: L.Trainer, *splits: str) -> None:
+        """Make the numbers of images those of all processes."""
+        counts = torch.tensor([float(self.images[split]) for split in splits], device=trainer.strategy.root_device)
+        total = trainer.strategy.reduce(counts, reduce_op="sum")
+        self.images.update(zip(splits, (int(count) for count in total), strict=True))
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.rows:
+        if self.rows and trainer.is_global_zero:
             draw_curves(self.rows).savefig(self.run_dir / "curves.png")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

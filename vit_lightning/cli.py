@@ -41,6 +41,7 @@ from vit_lightning.config import (
     PredictConfig,
     SearchRun,
 )
+from vit_lightning.terminal import relative
 
 CONF = Path(__file__).parent.parent / "conf"
 SCHEMAS: dict[str, type] = {  # by primary file in conf/
@@ -77,7 +78,11 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
             (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
-            return task(to_config(cfg, schema), run_dir)
+            config = to_config(cfg, schema)
+            strategy = config.trainer.strategy if isinstance(config, Config) else "auto"
+            if hydra_config.mode is RunMode.MULTIRUN and strategy != "auto":
+                raise InputError(f"trainer.strategy={strategy} is for single runs; those of a sweep have one device")
+            return task(config, run_dir)
         except Exception as error:
             mistake = isinstance(error, InputError | OmegaConfBaseException)
             if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
@@ -201,11 +206,6 @@ def to_config(cfg: DictConfig, schema: type[SchemaT]) -> SchemaT:
 def overrides() -> list[str]:
     """What the command line, or a sweep for this job of it, set: ``["model.layers=4", "seed=1"]``."""
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
-
-
-def relative(path: Path) -> str:
-    """The path as a person would type it from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def one_line(error: Exception, schema: type) -> str:

@@ -164,7 +164,7 @@ class DataConfig:
             held out of the training images, class by class; test is all the test images).
         val_fraction: share of the training images held out by ``split=standard``.
         split_seed: seed of either split; not tied to ``seed``, so that all runs validate on the same images.
-        batch_size: training images a step.
+        batch_size: training images a step, of all devices together.
         eval_batch_size: images a step in validation and test; changes nothing but speed and memory.
         workers: processes that read batches; 0 reads in the training process, the fastest where images fit in memory.
     """
@@ -278,6 +278,9 @@ class TrainerConfig:
 
     Attributes:
         accelerator: ``auto`` (whatever is there), ``cpu``, ``gpu`` or ``mps``.
+        strategy: ``auto`` (one device), ``ddp`` (a copy of the network on each) or ``fsdp`` (each holds a part of it).
+        devices: of a node, a process each; -1 for all GPUs. ``torchrun`` tells it by itself.
+        num_nodes: machines.
         precision: ``32-true``, ``16-mixed`` (GPU) or ``bf16-mixed`` (GPU and CPU).
         max_epochs: passes over the training images.
         max_time: longest time to train, as ``DD:HH:MM:SS``; ``None`` for no limit.
@@ -292,6 +295,9 @@ class TrainerConfig:
     """
 
     accelerator: str = "auto"
+    strategy: str = "auto"
+    devices: int = 1
+    num_nodes: int = 1
     precision: str = "32-true"
     max_epochs: int = 100
     max_time: str | None = None
@@ -306,7 +312,15 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         _one_of("auto", "cpu", "gpu", "mps", trainer__accelerator=self.accelerator)
+        _one_of("auto", "ddp", "fsdp", trainer__strategy=self.strategy)
         _one_of("32-true", "16-mixed", "bf16-mixed", trainer__precision=self.precision)
+        _at_least(1, trainer__num_nodes=self.num_nodes)
+        if self.devices < 1 and self.devices != -1:
+            raise InputError(f"trainer.devices={self.devices} must be at least 1, or -1 for all GPUs")
+        if self.strategy == "auto" and (self.devices, self.num_nodes) != (1, 1):
+            raise InputError(
+                f"trainer.devices={self.devices} trainer.num_nodes={self.num_nodes} needs trainer=ddp or trainer=fsdp"
+            )
         _at_least(1, trainer__max_epochs=self.max_epochs)
         _at_least(0, trainer__gradient_clip_val=self.gradient_clip_val)
         if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
@@ -410,6 +424,23 @@ class Config:
     def __post_init__(self) -> None:
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         _seed(seed=self.seed)
+        several = self.trainer.strategy != "auto"
+        if several and self.optim.clock == "time":
+            raise InputError("optim.clock=time is for one device: clocks of several differ; use optim.clock=steps")
+        processes = self.trainer.devices * self.trainer.num_nodes
+        if processes > 1 and self.data.eval_batch_size < 2 * processes:
+            raise InputError(
+                f"data.eval_batch_size={self.data.eval_batch_size} is too small for {processes} processes; "
+                f"data.eval_batch_size={2 * processes} would do"
+            )
+        if processes > 1 and self.data.batch_size % processes:
+            fitting = self.data.batch_size // processes * processes or processes
+            raise InputError(
+                f"data.batch_size={self.data.batch_size} cannot be divided among {processes} processes; "
+                f"data.batch_size={fitting} could"
+            )
+        if self.trainer.strategy == "fsdp" and (self.optim.ema or self.optim.name != "adamw"):
+            raise InputError("trainer.strategy=fsdp takes optim.name=adamw and optim.ema=0; trainer=ddp takes them all")
         if self.optim.clock == "time" and self.trainer.max_time is None:
             raise InputError("optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00")
 
@@ -574,3 +605,13 @@ class ExportConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
+    flat = {}
+    for key, value in config.items():
+        flat.update(
+            {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+        )
+    return flat

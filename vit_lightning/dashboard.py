@@ -14,7 +14,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.augment import denormalise
 from vit_lightning.classifier import ViTClassifier
-from vit_lightning.config import Config
+from vit_lightning.config import Config, flatten
 from vit_lightning.data import ImageData
 from vit_lightning.explain import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.figures import draw_attention, draw_images, draw_position_similarity
@@ -59,6 +59,8 @@ class Dashboard(Callback):
         self._best: tuple[float, Tensor] | None = None  # val/acc, and the probabilities that gave it
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
         writer = writer_of(trainer)
         writer.add_custom_scalars(LAYOUT)
         # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
@@ -74,7 +76,7 @@ class Dashboard(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == 0 and self.config.dashboard.batch:
+        if trainer.global_step == 0 and self.config.dashboard.batch and trainer.is_global_zero:
             images, labels = (part[:IMAGES].cpu() for part in batch)
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
             show(writer_of(trainer), "batch", draw_images(pictures, [self._title(label) for label in labels]), 0)
@@ -105,7 +107,7 @@ class Dashboard(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         acc = trainer.callback_metrics["val/acc"].item()
-        if self._best is None or acc > self._best[0]:
+        if trainer.world_size == 1 and (self._best is None or acc > self._best[0]):
             self._best = acc, torch.cat(self._probabilities)
 
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
@@ -125,7 +127,6 @@ class Dashboard(Callback):
                 writer.add_scalar(f"best/{key}", value, step)
         _, _, end = summary.hparams({}, {})
         writer._get_file_writer().add_summary(end)
-        classifier.eval()
         if switches.positions and classifier.net.pos_embed is not None:
             similarity = position_similarity(classifier.net).cpu().numpy()
             show(writer, "positions", draw_position_similarity(similarity), step)
@@ -134,7 +135,7 @@ class Dashboard(Callback):
         if self._best is not None and self._best[0] == metrics["val/acc"]:
             probabilities = self._best[1]
             _, labels = self.data.stored("val", torch.arange(len(probabilities)))
-        else:  # the run was resumed after its best epoch
+        else:  # the run was resumed after its best epoch, or has several processes
             probabilities, labels = predict_split(classifier, self.data, "val")
         figures = draw(probabilities, labels, self.data, "val", self.data.class_names)
         for name, figure in figures.items():
@@ -154,16 +155,6 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
     """What runs are compared by, for TensorBoard's HParams tab: keys as they are typed, and values."""
     flat = flatten(asdict(config))
     return {key: flat[key] for key in HYPER_PARAMETERS}
-
-
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
-    flat = {}
-    for key, value in config.items():
-        flat.update(
-            {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-        )
-    return flat
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:

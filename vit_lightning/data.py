@@ -97,7 +97,8 @@ class ImageData(L.LightningDataModule):
         mean, std = self.mean.to(images.device), self.std.to(images.device)
         if self.trainer is not None and self.trainer.training:
             # Augmentation and dropout of a step follow from its number alone, so that a resumed run repeats them.
-            torch.manual_seed(derived_seed(self.seed, self.trainer.global_step, "step"))
+            use = f"step {self.trainer.global_rank}" if self.trainer.global_rank else "step"
+            torch.manual_seed(derived_seed(self.seed, self.trainer.global_step, use))
             images = train_transform(images, self.image_size, mean, std, self.augment)
             if self.augment.mixup or self.augment.cutmix:
                 return mix(images, labels, len(self.class_names), self.augment)
@@ -108,10 +109,11 @@ class ImageData(L.LightningDataModule):
         assert self.arrays is not None, "setup() comes first"
         part = self._part(split)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+        share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images, labels = self._on_device(part, device)
         return DataLoader(
             ArrayDataset(images, labels),
-            sampler=BatchIndices(self.indices[split], batch_size, shuffle, self.seed),
+            sampler=BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share),
             batch_size=None,  # the sampler makes the batches
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
@@ -206,13 +208,17 @@ class BatchIndices(Sampler[Tensor]):
         batch_size: indices of a batch.
         shuffle: whether each epoch has an order of its own and drops its last incomplete batch (training).
         seed: seed of the orders.
+        share: rank of the process and number of processes, among which every batch is divided.
     """
 
-    def __init__(self, indices: Tensor, batch_size: int, shuffle: bool, seed: int) -> None:
+    def __init__(
+        self, indices: Tensor, batch_size: int, shuffle: bool, seed: int, share: tuple[int, int] = (0, 1)
+    ) -> None:
         self.indices = indices
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.rank, self.processes = share
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -228,7 +234,11 @@ class BatchIndices(Sampler[Tensor]):
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
             order = order[torch.randperm(len(order), generator=generator)]
-        yield from order.split(self.batch_size)[: len(self)]
+        batches = order.split(self.batch_size)[: len(self)]
+        if self.processes > 1 and not self.shuffle:
+            batches = order.tensor_split(len(self))  # none so small that a process goes without
+        for batch in batches:
+            yield batch.tensor_split(self.processes)[self.rank]
 
 
 def derived_seed(seed: int, number: int, use: str) -> int:

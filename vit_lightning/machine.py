@@ -68,10 +68,12 @@ def compile_network(net: nn.Module, device: torch.device) -> None:
 
 def quiet_lightning() -> None:
     """Silence what Lightning says of every run here and what is not so here."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
         ".*smaller than the logging interval",  # the curves go on across epochs
+        ".*It is recommended to use `self.log.'speed/",  # the first process's own speed and memory are meant
         ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):

@@ -4,12 +4,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from rich.box import HEAVY_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from vit_lightning.cli import relative
-
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
     """Print a title and a table below it.
@@ -20,6 +14,10 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         rows: as long as ``header`` each; an empty one for a rule.
         left: columns that are words, aligned left and broken where the terminal is narrow; the others are numbers.
     """
+    from rich.box import HEAVY_HEAD  # what ends in a mistake needs no tables
+    from rich.console import Console
+    from rich.table import Table
+
     terminal = sys.stdout.isatty()
     console = Console(force_terminal=terminal, width=None if terminal else 10_000)  # no window: a row a line
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
@@ -41,3 +39,8 @@ def print_files(files: Iterable[Path]) -> None:
     """Print where files lie, one a line, as a person would type them from here."""
     for file in files:
         print(relative(file))
+
+
+def relative(path: Path) -> str:
+    """The path as a person would type it from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)

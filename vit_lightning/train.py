@@ -4,19 +4,19 @@
 that a mistake in it is reported at once.
 """
 
-import contextlib
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import overrides, relative, run_command, sections
+from vit_lightning.cli import overrides, run_command
 from vit_lightning.config import Config, InputError, TrainerConfig
+from vit_lightning.terminal import relative
 
 if TYPE_CHECKING:
-    import torch
+    import lightning as L
     from matplotlib.figure import Figure
 
     from vit_lightning.classifier import ViTClassifier
@@ -38,41 +38,31 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         InputError: if the data or the machine does not fit the configuration.
     """
     import lightning as L
-    import torch
     import yaml
     from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
     from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtTarget
-    from vit_lightning.checkpoint import start_from
+    from vit_lightning.checkpoint import load_classifier, start_from
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.dashboard import Dashboard, hyper_parameters
     from vit_lightning.data import ImageData, follow_data
     from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
     from vit_lightning.optim import ema_update
+    from vit_lightning.processes import agree_on, is_first, placement
     from vit_lightning.record import provenance
+    from vit_lightning.runs import find_run
 
     quiet_lightning()
     spare_memory_work()
 
-    interrupted = None
-    if config.resume is not None:
-        interrupted, config = interrupted_run(config)
-        with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
-        run_dir = interrupted.parent.parent
-    elif (run_dir / "config.yaml").exists():
-        saved = saved_config(run_dir)
-        if not same_run(config, saved):
-            cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
-            raise InputError(f"{relative(run_dir)} holds another run; {cure}")
-        if (run_dir / "summary.json").exists():
-            best = json.loads((run_dir / "summary.json").read_text())["metrics"]["val/acc"]
-            print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {best:.1%}")
-            return best
-        if (run_dir / "checkpoints" / "last.ckpt").exists():
-            interrupted = run_dir / "checkpoints" / "last.ckpt"
-            print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
+    run = find_run(config, agree_on(run_dir))
+    config, run_dir = run.config, run.folder
+    if run.result is not None:
+        print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {run.result:.1%}")
+        return run.result
+    if run.checkpoint is not None and is_first():
+        print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
     check_accelerator(config.trainer)
     record = provenance()
     L.seed_everything(config.seed, workers=True, verbose=False)
@@ -88,11 +78,12 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         std=data.std.tolist(),
         data=asdict(config.data),
     )
-    if config.checkpoint is not None and interrupted is None:
+    if config.checkpoint is not None and run.checkpoint is None:
         start_from(classifier, config.checkpoint)
-    (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
     patches = patches_of(data, config.model.patch_size)
-    patches.savefig(run_dir / "patches.png")
+    if is_first():
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        patches.savefig(run_dir / "patches.png")
 
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     recorder = EpochRecorder(run_dir)
@@ -112,32 +103,35 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(hyper_parameters(config))  # its hparams.yaml
     trainer = L.Trainer(
-        **{**asdict(config.trainer), "enable_progress_bar": bar},
-        devices=1,
+        **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config.trainer)},
         default_root_dir=run_dir,
         logger=logger,
         callbacks=callbacks,
         enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
-    dashboard.text["network"] = show_start(config, data, classifier, trainer.strategy.root_device)
+    if is_first():
+        dashboard.text["network"] = show_start(config, data, classifier, trainer)
     if config.compile:
         compile_network(classifier.net, trainer.strategy.root_device)
 
     try:
-        trainer.fit(classifier, data, ckpt_path=interrupted, weights_only=True)
-        # The weights alone: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
-        classifier.load_state_dict(torch.load(best.best_model_path, weights_only=True)["state_dict"])
-        [test] = trainer.test(classifier, datamodule=data, verbose=False) if config.test else [{}]
+        trainer.fit(classifier, data, ckpt_path=run.checkpoint, weights_only=True)
+        # A network of its own: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
+        tested = load_classifier(best.best_model_path)
+        [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test else [{}]
     except SystemExit as end:
         print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
         sys.exit(130 if end.code == 1 else end.code)  # 1 is Lightning's answer to Ctrl-C; others are a launcher's
 
-    best_row = max(recorder.rows, key=lambda row: row.get("val/acc", -1.0))
+    if not is_first():
+        return recorder.best["val/acc"]
+    best_row = recorder.best
     summary = {
         **record,
         "overrides": overrides(),
         "device": str(trainer.strategy.root_device),
+        "processes": trainer.world_size,
         "seed": config.seed,
         "parameters": sum(p.numel() for p in classifier.net.parameters()),
         "images": recorder.images,  # that each split's metrics are counted over
@@ -152,7 +146,8 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         "config": asdict(config),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    dashboard.show_best(classifier, trainer, summary)
+    whole = load_classifier(best.best_model_path).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
+    dashboard.show_best(whole, trainer, summary)
     logger.save()
     show_results(summary, run_dir, Path(best.best_model_path))
     return summary["metrics"]["val/acc"]
@@ -187,39 +182,6 @@ def patches_of(data: "ImageData", patch_size: int) -> "Figure":
     return draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]])
 
 
-def interrupted_run(config: Config) -> tuple[Path, Config]:
-    """The last checkpoint of the run in ``config.resume``, and that run's own configuration.
-
-    Raises:
-        InputError: if there is none, or the run is over, or ``config`` has other settings.
-    """
-    assert config.resume is not None
-    if replace(config, resume=None) != Config():
-        raise InputError("resume=… goes on with the run's own configuration; leave other settings out")
-    folder = Path(config.resume).expanduser()
-    checkpoint = folder / "checkpoints" / "last.ckpt"
-    if not checkpoint.exists():
-        raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; name a run's directory, outputs/…")
-    if (folder / "summary.json").exists():
-        raise InputError(f"resume={config.resume} is a run that came to its end; there is nothing left to do")
-    return checkpoint, saved_config(folder)
-
-
-def saved_config(run_dir: Path) -> Config:
-    """The configuration that a run was started with."""
-    import yaml
-
-    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
-    parts = {name: part(**saved.pop(name)) for name, part in sections(Config).items()}
-    return Config(**parts, **saved)
-
-
-def same_run(config: Config, saved: Config) -> bool:
-    """Whether ``config`` asks for the run of ``saved``, in which classes and channels follow the data."""
-    followed = {key: getattr(saved.model, key) for key in ("num_classes", "channels") if not getattr(config.model, key)}
-    return replace(config, model=replace(config.model, **followed)) == saved
-
-
 def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
     """Seconds of training, validation included, after which ``val/acc`` first stood at 5 %, 10 %, … or above."""
     best = max(row.get("val/acc", 0.0) for row in rows)
@@ -227,7 +189,7 @@ def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
     return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
 
 
-def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", device: "torch.device") -> str:
+def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", trainer: "L.Trainer") -> str:
     """Say what is trained, on what, and where.
 
     Returns:
@@ -242,9 +204,15 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", d
         f"{len(data.indices[split]):,} {name}"
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
-    machine = hardware()
+    machine, device = hardware(), trainer.strategy.root_device
     name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
     print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {name}")
+    if trainer.world_size > 1:
+        batch = config.data.batch_size
+        print(
+            f"{trainer.world_size} processes, {batch // trainer.world_size} of the {batch} images of a step in each; "
+            "their gradients are averaged, so that learning rates stay as they are"
+        )
 
     model = ModelSummary(classifier, max_depth=3)
     sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))

@@ -1,0 +1,164 @@
+"""One run in two processes: as one command, and as two nodes that torchrun brings together."""
+
+import csv
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import command, composed
+
+from vit_lightning.config import InputError
+from vit_lightning.data import BatchIndices
+
+TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
+TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "data.batch_size=64"]
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("shuffle", "count", "batch"), [(True, 103, 10), (False, 103, 10), (False, 5, 256)])
+@pytest.mark.parametrize("processes", [2, 5])
+def test_processes_share_every_batch(shuffle, count, batch, processes):
+    indices = torch.arange(1000, 1000 + count)
+    alone = BatchIndices(indices, batch, shuffle, seed=3)
+    shares = [BatchIndices(indices, batch, shuffle, 3, (rank, processes)) for rank in range(processes)]
+    for epoch in (0, 1):
+        for sampler in (alone, *shares):
+            sampler.set_epoch(epoch)
+        parts = [list(share) for share in shares]
+        assert {len(part) for part in parts} == {len(alone)}
+        assert all(len(piece) for part in parts for piece in part)
+        together = [torch.cat(pieces) for pieces in zip(*parts, strict=True)]
+        if shuffle:  # the very same steps
+            assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+        else:
+            assert torch.equal(torch.cat(together), indices)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """A directory with the same run in one process and in two, with nothing random in a step."""
+    start = tmp_path_factory.mktemp("runs")
+    plain = [*TINY, *TWO[3:], "augment=none", "model.dropout=0", "model.head_dropout=0"]
+    result = command("train", *plain, "trainer=cpu", "hydra.run.dir=one", cwd=start)
+    assert result.returncode == 0, result.stderr
+    for name in ("ddp", "fsdp"):
+        two = [f"trainer={name}", *TWO[1:3], f"hydra.run.dir={name}"]
+        result = run("-m", "vit_lightning.train", *plain, *two, cwd=start)
+        assert result.returncode == 0, result.stderr
+        assert result.stderr == ""
+        (start / f"{name}.txt").write_text(result.stdout)
+    return start
+
+
+def summary_of(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_one_command_trains_in_two_processes_and_leaves_one_run(runs, name):
+    summary, out = summary_of(runs / name), (runs / f"{name}.txt").read_text()
+    assert summary["processes"] == 2
+    assert summary["images"] == {"train": 1293 // 64 * 64, "val": 144, "test": 360}
+    assert summary["samples_seen"] == 3 * (1293 // 64 * 64)
+    with (runs / name / "metrics.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+    assert out.count("epoch 1/3") == 1
+    assert out.count("best of 3 epochs") == 1
+    assert "2 processes, 32 of the 64 images of a step in each; their gradients are averaged" in out
+    assert not (runs / "outputs").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_steps_are_those_of_one_process(runs, name):
+    """Up to the order of sums."""
+    ours, alone = summary_of(runs / name)["metrics"], summary_of(runs / "one")["metrics"]
+    for key in ("train/loss", "val/loss", "test/loss"):
+        assert ours[key] == pytest.approx(alone[key], rel=1e-3), key
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_every_image_counts_once(runs, name):
+    """The same numbers as one process has, from the same weights."""
+    metrics = summary_of(runs / name)["metrics"]
+    for split in ("val", "test"):
+        result = command("evaluate", f"checkpoint={name}", f"split={split}", f"hydra.run.dir={name}-{split}", cwd=runs)
+        assert result.returncode == 0, result.stderr
+        alone = json.loads((runs / f"{name}-{split}" / "evaluation.json").read_text())
+        for key in ("acc", "acc5", "loss"):
+            assert metrics[f"{split}/{key}"] == pytest.approx(alone[key], abs=1e-6), key
+
+
+def test_a_run_moves_from_two_processes_to_one_and_back(tmp_path):
+    start = tmp_path
+    for name, first, then in (("a", TWO, ["trainer=cpu"]), ("b", ["trainer=cpu", *TWO[3:]], TWO[:3])):
+        script = (
+            "import runpy; from vit_lightning.callbacks import EpochRecorder\n"
+            "end = EpochRecorder.on_train_epoch_start\n"
+            "def killed(self, trainer, module):\n"
+            "    if trainer.current_epoch == 2: import os; os._exit(9)\n"
+            "    end(self, trainer, module)\n"
+            "EpochRecorder.on_train_epoch_start = killed\n"
+            "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
+        )
+        (start / "killed.py").write_text(script)
+        result = run("killed.py", *TINY, *first, f"hydra.run.dir={name}", cwd=start)
+        assert result.returncode != 0
+        result = command("train", f"resume={name}", *then, cwd=start)
+        assert result.returncode == 0, result.stderr
+        assert summary_of(start / name)["processes"] == (2 if "trainer=ddp" in then else 1)
+        with (start / name / "metrics.csv").open() as file:
+            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+
+
+def test_two_nodes_of_torchrun_make_one_run(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    arguments = ["-m", "vit_lightning.train", *TINY, *TWO]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, *node, f"--rdzv-endpoint=127.0.0.1:{port}", *arguments],
+            cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for process in nodes:
+        _, stderr = process.communicate()
+        assert process.returncode == 0, stderr
+    [folder] = [path for path in tmp_path.glob("outputs/*/*") if any(path.iterdir())]
+    assert summary_of(folder)["processes"] == 2
+    assert summary_of(folder)["images"]["val"] == 144
+    assert len(list(tmp_path.glob("outputs/*/*"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.devices=2"], "trainer.devices=2 trainer.num_nodes=1 needs trainer=ddp or trainer=fsdp"),
+        ([*TWO, "data.batch_size=63"], "data.batch_size=63 cannot be divided among 2 processes; data.batch_size=62"),
+        ([*TWO, "data.eval_batch_size=3"], "data.eval_batch_size=3 is too small for 2 processes"),
+        ([*TWO, "optim.clock=time"], "optim.clock=time is for one device"),
+        (["trainer=fsdp", "optim.ema=0.9"], "trainer.strategy=fsdp takes optim.name=adamw and optim.ema=0"),
+        (["trainer=ddp", "trainer.devices=0"], "trainer.devices=0 must be at least 1, or -1"),
+    ],
+)
+def test_what_does_not_go_together_is_said(arguments, message):
+    with pytest.raises(InputError) as error:
+        composed("data=digits", *arguments)
+    assert message in str(error.value)
+
+
+def test_a_sweep_of_runs_on_several_devices_is_refused(tmp_path):
+    result = command("train", "-m", *TINY, *TWO, "seed=0,1", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "trainer.strategy=ddp is for single runs; those of a sweep have one device" in result.stderr

@@ -1,0 +1,54 @@
+"""One run in several processes, a device each: which of them this one is, and what they must agree on.
+
+Lightning starts the others of a node itself; with ``torchrun`` or SLURM they are there already.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+
+from vit_lightning.config import TrainerConfig
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not getattr(rank_zero_only, "rank", 0)
+
+
+def agree_on(run_dir: Path) -> Path:
+    """The first process's directory, for all of them: under ``torchrun`` each has been given one of its own."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return run_dir
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    names = [str(run_dir.resolve())]
+    dist.broadcast_object_list(names)
+    agreed = Path(names[0])
+    if agreed != run_dir.resolve():
+        run_dir.rmdir()
+    return agreed
+
+
+def placement(trainer: TrainerConfig) -> dict[str, Any]:
+    """Lightning's ``strategy``, ``devices`` and ``num_nodes``."""
+    devices, nodes = trainer.devices, trainer.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    elif devices == -1:
+        devices = max(1, torch.cuda.device_count())
+    strategy: str | Strategy = "auto"
+    if trainer.strategy == "ddp":
+        strategy = DDPStrategy(forward_sync_buffers=False)  # buffers are the same everywhere
+    elif trainer.strategy == "fsdp":
+        strategy = ModelParallelStrategy(
+            data_parallel_size=devices * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return {"strategy": strategy, "devices": devices, "num_nodes": nodes, "use_distributed_sampler": False}
