@@ -35,6 +35,7 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
             assert f"{speed['median']:,.0f}" in result.stdout
             assert name.split()[0] in result.stdout
     assert [point["layers"] for point in report["step_seconds"]["layers"]] == [1, 2, 3, 4]
+    assert [point["batch"] for point in report["step_seconds"]["batch"]] == [2, 4, 8, 16]
     assert [point["tokens"] for point in report["step_seconds"]["tokens"]] == [2, 5, 10, 17]
     shares = report["step_shares"]
     assert sum(shares.values()) == pytest.approx(1)

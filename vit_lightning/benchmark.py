@@ -56,7 +56,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
 
     speeds: dict[str, dict[str, list[float]]] = {"training": {}, "input pipeline": {}, "inference": {}}
     steps: dict[str, dict[int, list[float]]] = {
-        axis: {value: [] for value in models} for axis, models in sizes(config.model).items()
+        axis: {value: [] for value in runs} for axis, runs in sizes(config).items()
     }
     matmul: list[float] = []
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # nothing: the profiler logs to the terminal; processes inherit this
@@ -171,7 +171,7 @@ def show(report: dict[str, Any], run_dir: Path) -> None:
     for axis, points in report["step_seconds"].items():
         for point in points:
             milliseconds = 1000 * point["median"]
-            per_image = 1000 * milliseconds / report["config"]["data"]["batch_size"]
+            per_image = 1000 * milliseconds / point.get("batch", report["config"]["data"]["batch_size"])
             rows.append((axis, str(point[axis]), f"{milliseconds:,.1f}", f"{per_image:,.0f}"))
         rows.append(())
     print_table("cost of a training step", ("", "value", "ms", "per image (µs)"), rows)

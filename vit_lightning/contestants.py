@@ -19,7 +19,7 @@ from vit_lightning.augment import train_transform
 from vit_lightning.baselines import TutorialImages, TutorialViT, library, tutorial_loader
 from vit_lightning.callbacks import now
 from vit_lightning.classifier import ViTClassifier
-from vit_lightning.config import BenchmarkConfig, BenchmarkRun, ModelConfig
+from vit_lightning.config import BenchmarkConfig, BenchmarkRun
 from vit_lightning.data import ImageData
 from vit_lightning.machine import compile_network, quiet_lightning, spare_memory_work
 from vit_lightning.model import ViT
@@ -55,9 +55,9 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
         MEASURES["input pipeline"] = speed(lambda *_: None, our_batches(config, data, device), longer(config.benchmark))
         MEASURES["inference"] = inference(ViT(config.model), config, data, device)
         MEASURES["matrix products"] = lambda: matmul_rate(device)
-        for axis, models in sizes(config.model).items():
-            for value, model in models.items():
-                MEASURES[f"{axis}={value}"] = step_seconds(replace(config, model=model), data, device)
+        for axis, runs in sizes(config).items():
+            for value, run in runs.items():
+                MEASURES[f"{axis}={value}"] = step_seconds(run, data, device)
     elif name == TUTORIAL:
         # The tutorial has four loader workers, on any number of cores.
         warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
@@ -79,11 +79,12 @@ def measure(what: str) -> float:
     return MEASURES[what]()
 
 
-def sizes(model: ModelConfig) -> dict[str, dict[int, ModelConfig]]:
-    """Networks in which one size grows: the ``tokens``, the ``embed_dim`` (``mlp_dim`` with it) or the ``layers``."""
+def sizes(config: BenchmarkRun) -> dict[str, dict[int, BenchmarkRun]]:
+    """Runs in which one size grows: ``tokens``, ``embed_dim`` (``mlp_dim`` with it), ``layers`` or ``batch``."""
+    model, batch = config.model, config.data.batch_size
     sides = [model.image_size // model.patch_size * n // 3 for n in (1, 2, 3, 4)]  # patches along an image's side
     layers = [model.layers * n // 2 for n in (1, 2, 3, 4)]
-    return {
+    networks = {
         "tokens": {n * n + 1: replace(model, image_size=n * model.patch_size) for n in sides if n},
         "embed_dim": {
             model.embed_dim * n: replace(model, embed_dim=model.embed_dim * n, mlp_dim=model.mlp_dim * n)
@@ -91,6 +92,12 @@ def sizes(model: ModelConfig) -> dict[str, dict[int, ModelConfig]]:
         },
         "layers": {n: replace(model, layers=n) for n in layers if n},
     }
+    runs = {
+        axis: {value: replace(config, model=network) for value, network in grown.items()}
+        for axis, grown in networks.items()
+    }
+    batches = [batch * n // 4 for n in (1, 2, 4, 8) if batch * n >= 4]
+    return {**runs, "batch": {n: replace(config, data=replace(config.data, batch_size=n)) for n in batches}}
 
 
 def trainer_speed(config: BenchmarkRun, data: ImageData) -> float:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.augment import denormalise
@@ -86,7 +87,8 @@ class Dashboard(Callback):
     ) -> None:
         if (trainer.global_step + 1) % self.config.trainer.log_every_n_steps == 0:
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("optim/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            norm = torch.nn.utils.get_total_norm(gradients)
+            pl_module.log("optim/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)  # with fsdp
             pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])
             if self.config.optim.name == "muon":
                 pl_module.log("optim/muon_lr", optimizer.param_groups[-1]["lr"])
@@ -132,6 +134,8 @@ class Dashboard(Callback):
             show(writer, "positions", draw_position_similarity(similarity), step)
         if switches.attention:
             show(writer, "attention", draw_attention_of(classifier, self.data), step)
+        if not (switches.mistakes or switches.confusion or switches.per_class or switches.reliability):
+            return
         if self._best is not None and self._best[0] == metrics["val/acc"]:
             probabilities = self._best[1]
             _, labels = self.data.stored("val", torch.arange(len(probabilities)))
