@@ -457,7 +457,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     [
         (["resume={run}"], "came to its end"),
         (["resume=nowhere"], "resume=nowhere holds no checkpoints/last.ckpt"),
-        (["resume={run}", "optim.lr=1"], "leave other settings out"),
+        (["resume={run}", "optim.lr=1"], "leave optim.lr out"),
     ],
 )
 def test_what_cannot_be_resumed_is_said(digits, tmp_path, arguments, message):

@@ -427,7 +427,18 @@ class Config:
         several = self.trainer.strategy != "auto"
         if several and self.optim.clock == "time":
             raise InputError("optim.clock=time is for one device: clocks of several differ; use optim.clock=steps")
-        processes = self.trainer.devices * self.trainer.num_nodes
+        self.check_processes(self.trainer.devices * self.trainer.num_nodes)
+        if self.trainer.strategy == "fsdp" and (self.optim.ema or self.optim.name != "adamw"):
+            raise InputError("trainer.strategy=fsdp takes optim.name=adamw and optim.ema=0; trainer=ddp takes them all")
+        if self.optim.clock == "time" and self.trainer.max_time is None:
+            raise InputError("optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00")
+
+    def check_processes(self, processes: int) -> None:
+        """Refuse batches that cannot be divided among so many processes.
+
+        Raises:
+            InputError: if so.
+        """
         if processes > 1 and self.data.eval_batch_size < 2 * processes:
             raise InputError(
                 f"data.eval_batch_size={self.data.eval_batch_size} is too small for {processes} processes; "
@@ -439,10 +450,6 @@ class Config:
                 f"data.batch_size={self.data.batch_size} cannot be divided among {processes} processes; "
                 f"data.batch_size={fitting} could"
             )
-        if self.trainer.strategy == "fsdp" and (self.optim.ema or self.optim.name != "adamw"):
-            raise InputError("trainer.strategy=fsdp takes optim.name=adamw and optim.ema=0; trainer=ddp takes them all")
-        if self.optim.clock == "time" and self.trainer.max_time is None:
-            raise InputError("optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00")
 
 
 @dataclass(slots=True)

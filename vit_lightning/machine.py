@@ -73,6 +73,7 @@ def quiet_lightning() -> None:
     for message in (
         ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
         ".*smaller than the logging interval",  # the curves go on across epochs
+        ".*model that overrides the configure_model callback",  # with fsdp alone, which takes no averages
         ".*It is recommended to use `self.log.'speed/",  # the first process's own speed and memory are meant
         ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from vit_lightning.config import TrainerConfig
+from vit_lightning.config import Config
 
 
 def is_first() -> bool:
@@ -36,14 +36,20 @@ def agree_on(run_dir: Path) -> Path:
     return agreed
 
 
-def placement(trainer: TrainerConfig) -> dict[str, Any]:
-    """Lightning's ``strategy``, ``devices`` and ``num_nodes``."""
+def placement(config: Config) -> dict[str, Any]:
+    """Lightning's ``strategy``, ``devices`` and ``num_nodes``.
+
+    Raises:
+        InputError: if the batches cannot be divided among so many processes.
+    """
+    trainer = config.trainer
     devices, nodes = trainer.devices, trainer.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     elif devices == -1:
         devices = max(1, torch.cuda.device_count())
+    config.check_processes(devices * nodes)
     strategy: str | Strategy = "auto"
     if trainer.strategy == "ddp":
         strategy = DDPStrategy(forward_sync_buffers=False)  # buffers are the same everywhere

@@ -59,7 +59,8 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     run = find_run(config, agree_on(run_dir))
     config, run_dir = run.config, run.folder
     if run.result is not None:
-        print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {run.result:.1%}")
+        if is_first():
+            print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {run.result:.1%}")
         return run.result
     if run.checkpoint is not None and is_first():
         print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
@@ -103,7 +104,7 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
     logger.log_hyperparams(hyper_parameters(config))  # its hparams.yaml
     trainer = L.Trainer(
-        **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config.trainer)},
+        **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config)},
         default_root_dir=run_dir,
         logger=logger,
         callbacks=callbacks,
