@@ -11,13 +11,18 @@ from torch import nn
 from vit_lightning.config import InputError, TrainerConfig
 
 
+def accelerators() -> dict[str, bool]:
+    """Which of ``gpu`` and ``mps`` torch finds here."""
+    return {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+
+
 def check_accelerator(trainer: TrainerConfig) -> None:
     """Refuse an accelerator that is not there, and a precision it does not have.
 
     Raises:
         InputError: if so.
     """
-    there = {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = accelerators()
     if not there.get(trainer.accelerator, True):
         instead = "trainer.accelerator=mps" if there["mps"] else "trainer=cpu"
         raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
@@ -33,8 +38,7 @@ def evaluation_device(accelerator: str) -> torch.device:
     """
     if accelerator == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    there = {"cpu": True, "gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there[accelerator]:
+    if not accelerators().get(accelerator, True):
         raise InputError(f"accelerator={accelerator}: torch finds none here; leave it out")
     return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
 
