@@ -9,6 +9,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # workers that all take every core wait
 # isort: split
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,16 +78,27 @@ SERVER.set_forkserver_preload(["torch._dynamo", "torchvision", "vit_lightning.ch
 def command(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
     """``python -m vit_lightning.<name>``, as a user types it."""
     with tempfile.TemporaryDirectory() as folder:
-        streams = [Path(folder) / stream for stream in ("out", "err")]
-        process = SERVER.Process(target=_run, args=(name, arguments, cwd, env or dict(os.environ), streams))
-        process.start()
+        process, streams = started(name, *arguments, cwd=cwd, out=Path(folder), env=env)
         process.join()
         return subprocess.CompletedProcess(arguments, process.exitcode, *(stream.read_text() for stream in streams))
+
+
+def started(
+    name: str, *arguments: str, cwd: Path, out: Path, env: dict[str, str] | None = None
+) -> tuple[multiprocessing.process.BaseProcess, list[Path]]:
+    """The process of a command that runs on by itself, and the files of its output and errors."""
+    streams = [out / stream for stream in ("out", "err")]
+    for stream in streams:
+        stream.write_text("")
+    process = SERVER.Process(target=_run, args=(name, arguments, cwd, env or dict(os.environ), streams))
+    process.start()
+    return process, streams
 
 
 def _run(name: str, arguments: tuple[str, ...], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
     for number, stream in enumerate(streams, start=1):
         os.dup2(os.open(stream, os.O_WRONLY | os.O_CREAT), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where pytest runs in the background
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)

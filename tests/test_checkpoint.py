@@ -74,7 +74,12 @@ def damaged(path: Path) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none", "no file"), ("empty", "no file"), ("bad.ckpt", "holds no"), ("bad.safetensors", "holds no")],
+    [
+        ("none", "no file"),
+        ("empty", "no file"),
+        ("bad.ckpt", "is damaged, or no checkpoint"),
+        ("bad.safetensors", "holds no"),
+    ],
 )
 def test_what_is_no_checkpoint_is_said(tmp_path, name, message):
     (tmp_path / "empty").mkdir()

@@ -97,26 +97,37 @@ def test_every_image_counts_once(runs, name):
             assert metrics[f"{split}/{key}"] == pytest.approx(alone[key], abs=1e-6), key
 
 
-def test_a_run_moves_from_two_processes_to_one_and_back(tmp_path):
-    start = tmp_path
-    for name, first, then in (("a", TWO, ["trainer=cpu"]), ("b", ["trainer=cpu", *TWO[3:]], TWO[:3])):
-        script = (
-            "import runpy; from vit_lightning.callbacks import EpochRecorder\n"
-            "end = EpochRecorder.on_train_epoch_start\n"
-            "def killed(self, trainer, module):\n"
-            "    if trainer.current_epoch == 2: import os; os._exit(9)\n"
-            "    end(self, trainer, module)\n"
-            "EpochRecorder.on_train_epoch_start = killed\n"
-            "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
-        )
-        (start / "killed.py").write_text(script)
-        result = run("killed.py", *TINY, *first, f"hydra.run.dir={name}", cwd=start)
-        assert result.returncode != 0
-        result = command("train", f"resume={name}", *then, cwd=start)
-        assert result.returncode == 0, result.stderr
-        assert summary_of(start / name)["processes"] == (2 if "trainer=ddp" in then else 1)
-        with (start / name / "metrics.csv").open() as file:
-            assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
+KILLED = """
+import os, runpy
+from vit_lightning.saving import Saver
+save = Saver._save
+def save_and_die(self, trainer, module, best=False):
+    save(self, trainer, module, best)
+    if trainer.global_step == 45: os._exit(9)
+Saver._save = save_and_die
+runpy.run_module("vit_lightning.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize("name", ["one", "ddp", "fsdp"])
+def test_a_run_moves_between_one_process_and_two_within_an_epoch(runs, name):
+    """Killed after 5 of the 20 steps of its last epoch; every image counts once, as in the run that was not killed."""
+    start, folder = runs, runs / f"{name}-moved"
+    plain = [*TINY, *TWO[3:], "augment=none", "model.dropout=0", "model.head_dropout=0", "save_minutes=0"]
+    several = [f"trainer={name}", *TWO[1:3]]
+    first, then = (["trainer=cpu"], ["trainer=ddp", *TWO[1:3]]) if name == "one" else (several, ["trainer=cpu"])
+    (start / "killed.py").write_text(KILLED)
+    assert run("killed.py", *plain, *first, f"hydra.run.dir={folder.name}", cwd=start).returncode != 0
+    result = run("-m", "vit_lightning.train", f"resume={folder.name}", *then, cwd=start)
+    assert result.returncode == 0, result.stderr
+    ours, expected = summary_of(folder), summary_of(start / "one")
+    assert ours["processes"] == (2 if name == "one" else 1)
+    assert ours["images"] == expected["images"]
+    assert ours["samples_seen"] == expected["samples_seen"]
+    with (folder / "metrics.csv").open() as file, (start / "one" / "metrics.csv").open() as other:
+        for row, theirs in zip(csv.DictReader(file), csv.DictReader(other), strict=True):
+            assert float(row["train/loss"]) == pytest.approx(float(theirs["train/loss"]), rel=1e-3)
+            assert float(row["train/acc"]) == pytest.approx(float(theirs["train/acc"]), abs=5 / 1280)
 
 
 def test_two_nodes_of_torchrun_make_one_run(tmp_path):

@@ -72,7 +72,7 @@ def test_a_run_leaves_its_files(digits):
     assert events
     assert names - events == {
         *("config.yaml", "hparams.yaml", "metrics.csv", "summary.json", "curves.png", "patches.png"),
-        *("checkpoints/best.ckpt", "checkpoints/last.ckpt"),
+        *("checkpoints/best.ckpt", "checkpoints/last.ckpt", "checkpoints/last-previous.ckpt", ".lock"),
     }
 
 
@@ -352,7 +352,12 @@ def test_ctrl_c_says_where_the_run_lies(start):
         _, stderr = process.communicate()
     [run] = set(start.glob("outputs/*/*")) - before
     assert process.returncode == 130
-    assert stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
+    stopping, interrupted = stderr.splitlines()
+    assert stopping == "stopping as soon as the run can be saved; Ctrl-C again: at once"
+    where = run.relative_to(start)
+    assert interrupted.startswith(
+        f"interrupted; what there is so far lies in {where}; resume={where} goes on after step "
+    )
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert (run / "curves.png").exists()
 
@@ -368,7 +373,7 @@ def test_ctrl_c_during_the_test_says_so_too(start):
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
     [run] = set(start.glob("outputs/*/*")) - before
     assert result.returncode == 130
-    assert result.stderr == f"interrupted; what there is so far lies in {run.relative_to(start)}\n"
+    assert result.stderr.startswith(f"interrupted; what there is so far lies in {run.relative_to(start)}; resume=")
 
 
 @pytest.mark.parametrize(
@@ -456,7 +461,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     ("arguments", "message"),
     [
         (["resume={run}"], "came to its end"),
-        (["resume=nowhere"], "resume=nowhere holds no checkpoints/last.ckpt"),
+        (["resume=nowhere"], "resume=nowhere holds no run"),
         (["resume={run}", "optim.lr=1"], "leave optim.lr out"),
     ],
 )

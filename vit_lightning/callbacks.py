@@ -1,6 +1,7 @@
 """What is measured, kept and printed during training."""
 
 import csv
+import json
 import math
 import statistics
 import sys
@@ -13,7 +14,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, Timer
 
+from vit_lightning.config import InputError
 from vit_lightning.figures import draw_curves
+from vit_lightning.optim import total_norm
+from vit_lightning.terminal import relative
 
 try:
     import resource
@@ -41,6 +45,9 @@ class EpochRecorder(Callback):
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
+        self._validated = False
+        self._epoch_end: float | None = None  # before validation takes its time
+        self._before = 0.0, 0.0  # seconds of the run, and of its present epoch, before it was resumed
 
     @property
     def images_per_second(self) -> float:
@@ -55,16 +62,24 @@ class EpochRecorder(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on from."""
-        return {"rows": self.rows, "samples_seen": self.samples_seen, "images": self.images}
+        return {
+            "rows": self.rows,
+            "samples_seen": self.samples_seen,
+            "images": self.images,
+            "seconds": now() - self._start,
+            "epoch_seconds": now() - self._epoch_start,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
         self.rows = state_dict["rows"]
         self.samples_seen = state_dict["samples_seen"]
         self.images = state_dict["images"]
+        self._before = state_dict["seconds"], state_dict["epoch_seconds"]
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._start = time.perf_counter() - (self.rows[-1]["seconds"] if self.rows else 0)
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        seconds, epoch_seconds = self._before
+        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # the latter of an epoch begun earlier
         if not trainer.is_global_zero:
             return
         with (self.run_dir / "metrics.csv").open("w", newline="") as file:
@@ -76,7 +91,7 @@ class EpochRecorder(Callback):
         self.images["train"] = 0
         self._validated = False
         self._epoch_start = now()
-        self._epoch_end: float | None = None  # before validation takes its time
+        self._epoch_end = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -86,7 +101,7 @@ class EpochRecorder(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.images["train"] += len(batch[1])
+        self.images["train"] += len(batch[1]) * trainer.world_size  # all have as many
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["val"] = 0
@@ -116,13 +131,13 @@ class EpochRecorder(Callback):
         self.images["test"] += len(batch[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._add_up(trainer, "train", "val")
+        self._add_up(trainer, "val")
         self.samples_seen += self.images["train"]
         train_seconds = (self._epoch_end or now()) - self._epoch_start
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
-            "seconds": time.perf_counter() - self._start,
+            "seconds": now() - self._start,
             "lr": self._lr,
             "train/images_per_second": self.images["train"] / train_seconds,
         }
@@ -130,10 +145,14 @@ class EpochRecorder(Callback):
             if self._validated or not name.startswith("val/"):  # else a value of an earlier epoch
                 row[name] = trainer.callback_metrics[name].item()
         self.rows.append(row)
-        pl_module.log("speed/images_per_second", row["train/images_per_second"], rank_zero_only=True)
-        pl_module.log("speed/memory_gb", memory() / 1e9, rank_zero_only=True)
         if not trainer.is_global_zero:
             return
+        speed = {"speed/images_per_second": row["train/images_per_second"], "speed/memory_gb": memory() / 1e9}
+        # Written here and not by Lightning, which would do so after the checkpoint: a run killed in between lost them.
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {**{name: row[name] for name in METRICS if name in row}, **speed}, trainer.global_step - 1
+            )
         with (self.run_dir / "metrics.csv").open("a", newline="") as file:
             csv.DictWriter(file, COLUMNS, restval="").writerow(row)
         timer = timer_of(trainer)
@@ -172,7 +191,7 @@ class Report(Callback):
 
 
 class StopAtTarget(Callback):
-    """Ends training once validation has reached an accuracy.
+    """Ends training once validation has reached an accuracy, also where the run is resumed after that.
 
     Args:
         acc: ``val/acc`` to reach, in [0, 1].
@@ -182,11 +201,71 @@ class StopAtTarget(Callback):
     def __init__(self, acc: float, acc5: float) -> None:
         self.acc = acc
         self.acc5 = acc5
+        self.reached = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on from."""
+        return {"reached": self.reached}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`."""
+        self.reached = state_dict["reached"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        trainer.should_stop = self.reached
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        if metrics["val/acc"] >= self.acc and metrics["val/acc5"] >= self.acc5:
+        self.reached = bool(metrics["val/acc"] >= self.acc and metrics["val/acc5"] >= self.acc5)
+        if self.reached:
             trainer.should_stop = True
+
+
+class StopAtNaN(Callback):
+    """Ends a run whose loss is no number any more, before the next checkpoint, and says where it went wrong.
+
+    The loss is looked at after every step on a CPU; elsewhere, where every look waits for the device, every few steps.
+
+    Args:
+        run_dir: where ``nan.json`` tells the step and its images.
+        every: steps from one look to the next on an accelerator.
+    """
+
+    def __init__(self, run_dir: Path, every: int) -> None:
+        self.run_dir = run_dir
+        self.every = every
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already the next one's
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs["loss"]
+        if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch) or loss.isfinite():
+            return
+        norm = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
+        loader = trainer.train_dataloader
+        assert loader is not None
+        images = loader.sampler.batches()[batch_idx].tolist()
+        report = {
+            "loss": str(loss.item()),
+            "step": trainer.global_step,
+            "epoch": trainer.current_epoch + 1,
+            "batch": batch_idx + 1,
+            "learning_rate": self._lr,
+            "gradient_norm": str(norm),
+            "images": images,  # by their place among the source's training images
+        }
+        (self.run_dir / "nan.json").write_text(json.dumps(report, indent=2) + "\n")
+        where = f"epoch {report['epoch']}, batch {batch_idx + 1}: training images {', '.join(map(str, images[:4]))}, …"
+        raise InputError(
+            f"train/loss is {report['loss']} at step {report['step']} ({where}), learning rate {self._lr:g}, "
+            f"gradient norm {norm:g}; {relative(self.run_dir / 'nan.json')} has it all; "
+            "a lower learning rate or trainer.gradient_clip_val=1 may help"
+        )
 
 
 def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:

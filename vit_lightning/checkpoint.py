@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
+from vit_lightning.saving import read_checkpoint
 
 # What two networks must share for the weights of one to fit the other; positions and head are made to fit.
 SHAPE = (
@@ -44,8 +44,12 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
             classifier = ViTClassifier(**hparams)
             classifier.net.load_state_dict(state)  # copies into float32
         else:
-            classifier = ViTClassifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, KeyError, TypeError, RuntimeError, OSError, EOFError) as error:
+            saved = read_checkpoint(path)
+            classifier = ViTClassifier(**saved["hyper_parameters"])
+            classifier.load_state_dict(saved["state_dict"])
+    except InputError as error:
+        raise InputError(f"checkpoint={checkpoint}: {error}") from error
+    except (SafetensorError, KeyError, TypeError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"checkpoint={checkpoint}: {path} holds no classifier of this project ({reason})") from error
     return classifier.eval()

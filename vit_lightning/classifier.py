@@ -7,6 +7,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
@@ -91,7 +92,7 @@ class ViTClassifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
         loss, _ = self._step(batch, "train")
-        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True)
+        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
@@ -113,8 +114,32 @@ class ViTClassifier(L.LightningModule):
         metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))  # a mean over samples, not over batches
         metrics[f"{stage}/acc"].update(logits, labels)
         metrics[f"{stage}/acc5"].update(logits, labels)
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=stage == "val", batch_size=len(labels))
+        logger = False if self.trainer.state.fn == TrainerFn.FITTING else None  # there EpochRecorder writes the curves
+        show = stage == "val"
+        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=show, logger=logger, batch_size=len(labels))
         return loss, logits
+
+    def on_train_epoch_start(self) -> None:
+        """Count anew: a checkpoint that was written at an epoch's end still holds that epoch's metrics."""
+        for metric in self._training_metrics().values():
+            metric.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the metrics have counted in the present epoch, in all processes together."""
+        counted = {}
+        for name, metric in self._training_metrics().items():
+            with metric.sync_context():
+                counted[name] = {key: cast(Tensor, value).clone() for key, value in metric.metric_state.items()}
+        checkpoint["metrics"] = counted
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting from there, in the first process alone."""
+        for name, metric in self._training_metrics().items():
+            if name in checkpoint.get("metrics", {}) and self._trainer is not None and self.trainer.is_global_zero:
+                metric.merge_state({key: value.to(metric.device) for key, value in checkpoint["metrics"][name].items()})
+
+    def _training_metrics(self) -> dict[str, Metric]:
+        return {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith("train")}
 
     def configure_model(self) -> None:
         """With ``trainer.strategy=fsdp``, have each process hold a part of every block, and of the rest."""

@@ -225,6 +225,9 @@ class AugmentConfig:
             raise InputError(f"augment.rotation={self.rotation} must lie between 0 and 180 degrees")
         _probability(augment__flip=self.flip, augment__erase=self.erase, augment__mix_prob=self.mix_prob)
         _at_least(0, augment__crop=self.crop, augment__mixup=self.mixup, augment__cutmix=self.cutmix)
+        for name in ("mixup", "cutmix"):
+            if 0 < getattr(self, name) < 0.01:  # of which float32 makes no numbers any more
+                raise InputError(f"augment.{name}={getattr(self, name)} must be 0, for none, or at least 0.01")
         _fraction(augment__shift=self.shift)
 
 
@@ -402,9 +405,12 @@ class Config:
             shape; positions are resized to ``model.image_size``, and for other classes the head is new.
         test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
             compared with each other, so that the test images choose nothing.
-        resume: directory of a run that was interrupted, to go on with it, with its configuration, after its last epoch.
+        resume: directory of a run, to go on with it where it was interrupted, with its own configuration, or beyond its
+            end with more ``trainer.max_epochs``.
         compile: whether ``torch.compile`` compiles the network first, for seconds to minutes; checkpoints stay as
             they are. Where there is no compiler, a message says so and the run goes on without.
+        save_minutes: from one checkpoint to the next within an epoch; ``None`` for checkpoints at its end alone.
+        debug: whether a mistake shows where in the code it was noticed.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -420,8 +426,11 @@ class Config:
     test: bool = True
     resume: str | None = None
     compile: bool = False
+    save_minutes: float | None = 5.0
+    debug: bool = False
 
     def __post_init__(self) -> None:
+        _at_least(0, save_minutes=self.save_minutes)
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         _seed(seed=self.seed)
         several = self.trainer.strategy != "auto"
@@ -548,6 +557,7 @@ class EvaluateConfig:
         split: ``train``, ``val`` or ``test``.
         tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
+        debug: whether a mistake shows where in the code it was noticed.
     """
 
     checkpoint: str = ""
@@ -555,6 +565,7 @@ class EvaluateConfig:
     split: str = "test"
     tta: bool = False
     accelerator: str = "auto"
+    debug: bool = False
 
     def __post_init__(self) -> None:
         _one_of("train", "val", "test", split=self.split)
@@ -573,6 +584,7 @@ class PredictConfig:
         attention: whether a picture shows where the network looked in each image.
         tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
+        debug: whether a mistake shows where in the code it was noticed.
     """
 
     checkpoint: str = ""
@@ -581,6 +593,7 @@ class PredictConfig:
     attention: bool = False
     tta: bool = False
     accelerator: str = "auto"
+    debug: bool = False
 
     def __post_init__(self) -> None:
         _at_least(1, top=self.top)
@@ -599,11 +612,13 @@ class ExportConfig:
         checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         format: ``onnx`` or ``torch_export``.
         seconds: how long each latency and throughput is measured.
+        debug: whether a mistake shows where in the code it was noticed.
     """
 
     checkpoint: str = ""
     format: str = "onnx"
     seconds: float = 1.0
+    debug: bool = False
 
     def __post_init__(self) -> None:
         _one_of("onnx", "torch_export", format=self.format)

@@ -10,7 +10,6 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.augment import denormalise
@@ -19,6 +18,7 @@ from vit_lightning.config import Config, flatten
 from vit_lightning.data import ImageData
 from vit_lightning.explain import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.figures import draw_attention, draw_images, draw_position_similarity
+from vit_lightning.optim import total_norm
 from vit_lightning.predictions import draw, predict_split
 
 # One chart for training and validation, in the custom-scalars tab.
@@ -57,6 +57,7 @@ class Dashboard(Callback):
         self.text = {**text, "config": yaml.safe_dump(asdict(config), sort_keys=False)}
         self.patches = patches
         self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
+        self._step: dict[str, float] = {}  # what the curves with a point a step show of the present one
         self._best: tuple[float, Tensor] | None = None  # val/acc, and the probabilities that gave it
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,13 +86,19 @@ class Dashboard(Callback):
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        self._step = {}
         if (trainer.global_step + 1) % self.config.trainer.log_every_n_steps == 0:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            pl_module.log("optim/gradient_norm", norm.full_tensor() if isinstance(norm, DTensor) else norm)  # with fsdp
-            pl_module.log("optim/lr", optimizer.param_groups[0]["lr"])
+            self._step["optim/gradient_norm"] = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
+            self._step["optim/lr"] = optimizer.param_groups[0]["lr"]
             if self.config.optim.name == "muon":
-                pl_module.log("optim/muon_lr", optimizer.param_groups[-1]["lr"])
+                self._step["optim/muon_lr"] = optimizer.param_groups[-1]["lr"]
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._step and trainer.is_global_zero:
+            for name, value in {"train/loss_step": outputs["loss"].item(), **self._step}.items():
+                writer_of(trainer).add_scalar(name, value, trainer.global_step - 1)
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._probabilities = []

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -37,6 +38,21 @@ class ImageData(L.LightningDataModule):
         self.seed = seed
         self.arrays: ImageArrays | None = None
         self.resident: dict[str, tuple[Tensor, Tensor]] = {}
+        self.gone_before: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the training images are, so that a run can go on within an epoch."""
+        assert self.trainer is not None
+        loader = self.trainer.train_dataloader
+        assert isinstance(loader, ResumableLoader)
+        return loader.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Undo :meth:`state_dict`, also for a loader that is there already.
+
+        The Trainer restores loaders as it makes them, which a schedule that asks for its steps has it do too early.
+        """
+        self.gone_before.update(state_dict)
 
     def prepare_data(self) -> None:
         """Download and decode what is not there yet."""
@@ -111,9 +127,12 @@ class ImageData(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images, labels = self._on_device(part, device)
-        return DataLoader(
+        sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share)
+        if shuffle:
+            sampler.gone_before = self.gone_before
+        return ResumableLoader(
             ArrayDataset(images, labels),
-            sampler=BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share),
+            sampler=sampler,
             batch_size=None,  # the sampler makes the batches
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
@@ -220,6 +239,7 @@ class BatchIndices(Sampler[Tensor]):
         self.seed = seed
         self.rank, self.processes = share
         self.epoch = 0
+        self.gone_before: dict[str, int] = {}  # epoch and batches at which a run goes on
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the order; the Trainer calls this at the start of every epoch."""
@@ -229,7 +249,16 @@ class BatchIndices(Sampler[Tensor]):
         full, rest = divmod(len(self.indices), self.batch_size)
         return full + (rest > 0 and not self.shuffle)
 
+    @property
+    def first(self) -> int:
+        """The number, from 0, of the epoch's next batch to be given: 0 but in an epoch that was interrupted."""
+        return self.gone_before["batches"] if self.epoch == self.gone_before.get("epoch") else 0
+
     def __iter__(self) -> Iterator[Tensor]:
+        yield from self.batches()[self.first :]
+
+    def batches(self) -> list[Tensor]:
+        """All batches of the epoch, this process's share of each."""
         order = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
@@ -237,8 +266,28 @@ class BatchIndices(Sampler[Tensor]):
         batches = order.split(self.batch_size)[: len(self)]
         if self.processes > 1 and not self.shuffle:
             batches = order.tensor_split(len(self))  # none so small that a process goes without
-        for batch in batches:
-            yield batch.tensor_split(self.processes)[self.rank]
+        return [batch.tensor_split(self.processes)[self.rank] for batch in batches]
+
+
+class ResumableLoader(DataLoader):
+    """Knows how many batches of an epoch it has given; takes :class:`BatchIndices`."""
+
+    sampler: BatchIndices
+    given = 0
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
+        self.given = self.sampler.first  # at the first batch, when the Trainer has set the epoch
+        for batch in super().__iter__():
+            self.given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """Where it is."""
+        return {"epoch": self.sampler.epoch, "batches": self.given}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """Go on from there."""
+        self.sampler.gone_before.update(state_dict)
 
 
 def derived_seed(seed: int, number: int, use: str) -> int:

@@ -79,7 +79,7 @@ def quiet_lightning() -> None:
         ".*smaller than the logging interval",  # the curves go on across epochs
         ".*model that overrides the configure_model callback",  # with fsdp alone, which takes no averages
         ".*It is recommended to use `self.log.'speed/",  # the first process's own speed and memory are meant
-        ".*Checkpoint directory .* exists and is not empty",  # that of the run that is resumed
+        ".*Encountered `nan` values in tensor",  # StopAtNaN says where
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)

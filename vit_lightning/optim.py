@@ -1,11 +1,12 @@
 """Parameter groups, optimizers, their learning-rate schedule, and the average of the weights."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -96,6 +97,12 @@ def build_schedule(
         return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
     return LambdaLR(optimizer, factor)
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """The Euclidean norm of all tensors together; each process may hold a part of them."""
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:

@@ -5,6 +5,7 @@ that a mistake in it is reported at once.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -23,13 +24,19 @@ if TYPE_CHECKING:
     from vit_lightning.data import ImageData
 
 
-def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | None = None) -> float:
+def train(
+    config: Config,
+    run_dir: Path,
+    report: Callable[[int, float], None] | None = None,
+    settings: list[str] | None = None,
+) -> float:
     """Train, test the best checkpoint, and write everything a run leaves into ``run_dir``.
 
     Args:
         config: of the run.
         run_dir: where nothing lies yet, or this very run, which then goes on where it stopped.
         report: is called after every validation with the epoch, from 1, and ``val/acc``; what it raises ends the run.
+        settings: overrides that give this run, where they are not those of the command line.
 
     Returns:
         The best ``val/acc``, in [0, 1], for a sweeper to maximise.
@@ -39,10 +46,10 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     """
     import lightning as L
     import yaml
-    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, WeightAveraging
+    from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtTarget
+    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget
     from vit_lightning.checkpoint import load_classifier, start_from
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.dashboard import Dashboard, hyper_parameters
@@ -51,7 +58,8 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     from vit_lightning.optim import ema_update
     from vit_lightning.processes import agree_on, is_first, placement
     from vit_lightning.record import provenance
-    from vit_lightning.runs import find_run
+    from vit_lightning.runs import find_run, hold
+    from vit_lightning.saving import Saver, SealedCheckpoints
 
     quiet_lightning()
     spare_memory_work()
@@ -66,6 +74,8 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
     check_accelerator(config.trainer)
     record = provenance()
+    if settings is not None:
+        record["command"] = shlex.join(["python", "-m", "vit_lightning.train", *settings])
     L.seed_everything(config.seed, workers=True, verbose=False)
     data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
     data.setup()
@@ -82,17 +92,19 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
     if config.checkpoint is not None and run.checkpoint is None:
         start_from(classifier, config.checkpoint)
     patches = patches_of(data, config.model.patch_size)
+    lock = hold(run_dir) if is_first() else None
     if is_first():
+        (run_dir / "summary.json").unlink(missing_ok=True)  # of a run that goes on beyond its end
         (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
         patches.savefig(run_dir / "patches.png")
 
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     recorder = EpochRecorder(run_dir)
-    best = ModelCheckpoint(run_dir / "checkpoints", "best", monitor="val/acc", mode="max")
-    # Lightning's own save_last saves only when the best was saved.
-    last = ModelCheckpoint(run_dir / "checkpoints", "last", enable_version_counter=False, save_on_train_epoch_end=True)
+    best = run_dir / "checkpoints" / "best.ckpt"
+    saver = Saver(best.parent, config.save_minutes, recorder)
+    guard = StopAtNaN(run_dir, config.trainer.log_every_n_steps)
     dashboard = Dashboard(config, data, {"command": record["command"]}, patches)
-    callbacks: list[L.Callback] = [recorder, best, last, dashboard]
+    callbacks: list[L.Callback] = [guard, recorder, dashboard, saver]
     if config.optim.ema:
         callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
@@ -101,13 +113,17 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         callbacks.append(Report(report))
     if bar:
         callbacks.append(RichProgressBar())
-    logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False)
+    # What was logged after the checkpoint that a run goes on from is hidden: those steps come again.
+    logger = TensorBoardLogger(
+        run_dir, name="", version="", default_hp_metric=False, purge_step=run.step if run.checkpoint else None
+    )
     logger.log_hyperparams(hyper_parameters(config))  # its hparams.yaml
     trainer = L.Trainer(
         **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config)},
         default_root_dir=run_dir,
         logger=logger,
         callbacks=callbacks,
+        plugins=[SealedCheckpoints()],
         enable_model_summary=False,  # show_start gives one without the metrics' rows
         num_sanity_val_steps=0,
     )
@@ -118,19 +134,35 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
 
     try:
         trainer.fit(classifier, data, ckpt_path=run.checkpoint, weights_only=True)
+        if not best.exists():
+            raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
         # A network of its own: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
-        tested = load_classifier(best.best_model_path)
+        tested = load_classifier(str(best))
         [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test else [{}]
     except SystemExit as end:
-        print(f"interrupted; what there is so far lies in {relative(run_dir)}", file=sys.stderr)
+        if is_first():
+            print(f"interrupted; what there is so far lies in {relative(run_dir)}{go_on(run_dir)}", file=sys.stderr)
         sys.exit(130 if end.code == 1 else end.code)  # 1 is Lightning's answer to Ctrl-C; others are a launcher's
+    except InputError as error:
+        raise InputError(f"{error}{go_on(run_dir)}") from error
+    except OSError as error:
+        reason = f"{error.filename or relative(run_dir)} cannot be written ({error.strerror or error})"
+        raise InputError(f"{reason}; make room, or mend it{go_on(run_dir)}") from error
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        [reason, *_] = str(error).splitlines()
+        raise InputError(f"{reason}; data.workers=0 needs none{go_on(run_dir)}") from error
+    finally:
+        if lock is not None:
+            lock.release()
 
     if not is_first():
         return recorder.best["val/acc"]
     best_row = recorder.best
     summary = {
         **record,
-        "overrides": overrides(),
+        "overrides": overrides() if settings is None else settings,
         "device": str(trainer.strategy.root_device),
         "processes": trainer.world_size,
         "seed": config.seed,
@@ -147,11 +179,21 @@ def train(config: Config, run_dir: Path, report: Callable[[int, float], None] | 
         "config": asdict(config),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    whole = load_classifier(best.best_model_path).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
+    whole = load_classifier(str(best)).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
     dashboard.show_best(whole, trainer, summary)
     logger.save()
-    show_results(summary, run_dir, Path(best.best_model_path))
+    show_results(summary, run_dir, best)
     return summary["metrics"]["val/acc"]
+
+
+def go_on(run_dir: Path) -> str:
+    """How to go on with a run that has stopped, if it can."""
+    from vit_lightning.saving import newest_sound
+
+    checkpoint, step, _ = newest_sound(run_dir / "checkpoints")
+    if checkpoint is None:
+        return ""
+    return f"; resume={relative(run_dir)} goes on after step {step} ({checkpoint.name} is sound)"
 
 
 def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
@@ -175,11 +217,13 @@ def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
 
 def patches_of(data: "ImageData", patch_size: int) -> "Figure":
     """The first validation image, as the network sees it, beside its patches."""
+    import torch
+
     from vit_lightning.augment import denormalise, eval_transform
     from vit_lightning.figures import draw_patches
 
-    images, labels = next(iter(data.val_dataloader()))
-    image = denormalise(eval_transform(images[:1], data.image_size, data.mean, data.std), data.mean, data.std)
+    images, labels = data.stored("val", torch.tensor([0]))
+    image = denormalise(eval_transform(images, data.image_size, data.mean, data.std), data.mean, data.std)
     return draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]])
 
 
