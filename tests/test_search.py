@@ -37,6 +37,9 @@ def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path)
         summary = json.loads((folder / f"trial-{trial.number:04}" / "summary.json").read_text())
         assert summary["metrics"]["val/acc"] == pytest.approx(trial.value)
         assert "test/acc" not in summary["metrics"]
+        values = [f"{key}={value}" for key, value in trial.params.items()]
+        assert summary["overrides"][-len(values) :] == values
+        assert summary["command"].endswith(" ".join(values))
         for key, value in trial.params.items():
             group, name = key.split(".")
             assert summary["config"][group][name] == pytest.approx(value)

@@ -52,7 +52,8 @@ def search(config: SearchRun, run_dir: Path) -> float:
 
         (run_dir / directory).mkdir(parents=True, exist_ok=True)
         try:
-            return train(composed([*overrides(), *values]), run_dir / directory, report)
+            trial_config = composed([*overrides(), *values])
+            return train(trial_config, run_dir / directory, report, settings=["test=false", *base, *values])
         except InputError as error:  # values that do not go together
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
