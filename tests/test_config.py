@@ -1,16 +1,25 @@
 """The schema: its checks, its agreement with conf/, and the one line that a mistake gets."""
 
+import math
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
+import torch
+import torch.nn.functional as F
 from conftest import CONF, composed
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from vit_lightning import cli
-from vit_lightning.config import BenchmarkRun, Config, InputError, ModelConfig
+from vit_lightning.augment import mix, train_transform
+from vit_lightning.classifier import ViTClassifier
+from vit_lightning.config import AugmentConfig, BenchmarkRun, Config, InputError, ModelConfig, OptimConfig
+from vit_lightning.optim import build_optimizer, build_schedule
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")
@@ -189,3 +198,98 @@ def test_every_key_is_documented(schema):
     for field in fields(schema):
         if field.name not in cli.sections(BenchmarkRun):
             assert re.search(rf"^ +{field.name}: ", schema.__doc__, re.M), field.name
+
+
+CHOICES = {
+    "block": ["prenorm", "prenorm", "blog"],
+    "patch_embed": ["unfold", "conv"],
+    "position": ["learned", "rotary"],
+    "pool": ["cls", "mean", "attention"],
+    "policy": ["none", "trivial", "rand"],
+    "name": ["adamw", "muon"],
+    "schedule": ["constant", "cosine", "linear"],
+}
+share = st.floats(0, 0.9)
+
+
+def fields_of(part: type, wild: bool, **values: st.SearchStrategy) -> st.SearchStrategy[dict]:
+    """Values of some fields of a part; wild ones may be any that the field's type allows."""
+    values |= {field.name: st.sampled_from(CHOICES[field.name]) for field in fields(part) if field.name in CHOICES}
+    if wild:
+        anything = {
+            int: st.integers(-3, 70),
+            float: st.floats(-2, 2) | st.sampled_from([math.nan, math.inf]),
+            str: st.text(max_size=5),
+        }
+        types = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(part)}
+        values = {name: st.one_of(*[value] * 4, anything[types[name]]) for name, value in values.items()}
+    return st.fixed_dictionaries({}, optional=values)
+
+
+def settings_of(wild: bool) -> st.SearchStrategy[tuple[dict, dict, dict]]:
+    model = fields_of(
+        ModelConfig, wild, image_size=st.sampled_from([8, 12, 16]),
+        patch_size=st.sampled_from([2, 3, 4]), stem_depth=st.integers(0, 2), registers=st.integers(0, 3),
+        embed_dim=st.sampled_from([8, 12, 16, 24]), layers=st.integers(1, 3), heads=st.sampled_from([1, 2, 3, 4]),
+        mlp_dim=st.integers(1, 9), dropout=share, drop_path=share, layer_scale=share, head_dropout=share,
+    )  # fmt: skip
+    augment = fields_of(
+        AugmentConfig, wild, crop=st.integers(0, 3), rotation=st.floats(0, 180), flip=share, shift=share, erase=share,
+        mixup=share, cutmix=share, mix_prob=share,
+    )  # fmt: skip
+    optim = fields_of(
+        OptimConfig, wild, lr=share, muon_lr=share, weight_decay=share, warmup=share,
+        label_smoothing=share, ema=share,
+    )  # fmt: skip
+    return st.tuples(model, augment, optim)
+
+
+def takes_a_step(values: tuple[dict, dict, dict]) -> bool:
+    """Whether the settings are taken; they then train a step, or else are refused with a message that names a key."""
+    try:
+        model, augment, optim = ModelConfig(**values[0]), AugmentConfig(**values[1]), OptimConfig(**values[2])
+    except InputError as error:
+        if not re.fullmatch(r".*\b(model|augment|optim)\.\w+.*", str(error)):
+            raise AssertionError(f"{error} names no key, or in several lines") from error
+        return False
+    model = replace(model, num_classes=3, channels=3)
+    classifier = ViTClassifier(asdict(model), asdict(optim), list("abc"), [0.5] * 3, [0.25] * 3).train()
+    images, labels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    x = train_transform(images, model.image_size, torch.full((3,), 0.5), torch.full((3,), 0.25), augment)
+    if augment.mixup or augment.cutmix:
+        x, labels = mix(x, labels, 3, augment)
+    loss = F.cross_entropy(classifier(x), labels, label_smoothing=optim.label_smoothing)
+    loss.backward()
+    optimizer = build_optimizer(classifier.net, optim)
+    build_schedule(optimizer, optim, steps=10)
+    optimizer.step()
+    assert loss.isfinite()
+    return True
+
+
+PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+
+
+def test_settings_within_their_ranges_train_a_step_or_are_refused_together():
+    taken = []
+
+    @PROPERTY
+    @given(settings_of(wild=False))
+    def trial(values):
+        taken.append(takes_a_step(values))
+
+    trial()
+    assert sum(taken) > 25
+    assert not all(taken)
+
+
+def test_wild_settings_are_refused_with_a_message_or_train_a_step():
+    taken = []
+
+    @PROPERTY
+    @given(settings_of(wild=True))
+    def trial(values):
+        taken.append(takes_a_step(values))
+
+    trial()
+    assert 3 < sum(taken) < len(taken) - 10

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import SERVER, write_folder
 from PIL import Image
 from sklearn.datasets import load_digits
 from torchvision import datasets
@@ -361,3 +361,44 @@ def test_a_download_of_other_content_is_refused(archive, cifar_config, monkeypat
     monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", "0" * 32)
     with pytest.raises(InputError, match="cannot be downloaded"):
         load_arrays(cifar_config, 72)
+
+
+def _prepare(config: DataConfig, marks: Path, until_killed: bool) -> None:
+    """Open a source in a process of its own, which leaves a mark when it writes the cache."""
+    statistics = sources.channel_statistics
+
+    def marked(images: np.ndarray) -> tuple[list[float], list[float]]:
+        with marks.open("a") as file:
+            file.write("x")
+        time.sleep(60 if until_killed else 0.5)
+        return statistics(images)
+
+    sources.channel_statistics = marked
+    load_arrays(config, 8)
+
+
+def test_of_four_processes_at_once_one_prepares_the_data(folder_config, tmp_path):
+    marks = tmp_path / "marks"
+    processes = [SERVER.Process(target=_prepare, args=(folder_config, marks, False)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert marks.read_text() == "x"
+    assert len(caches(folder_config)) == 1
+
+
+def test_a_killed_preparation_leaves_nothing_half_done(folder_config, tmp_path):
+    marks = tmp_path / "marks"
+    process = SERVER.Process(target=_prepare, args=(folder_config, marks, True))
+    process.start()
+    while not marks.exists():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    [unfinished] = caches(folder_config)
+    assert unfinished.name.startswith(".")
+    assert len(load_arrays(folder_config, 8).labels["train"]) == 27
+    [finished] = caches(folder_config)
+    assert not finished.name.startswith(".")

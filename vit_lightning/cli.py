@@ -89,7 +89,7 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
                 text = one_line(error, schema) if mistake else traceback.format_exc().strip()
                 print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
                 (run_dir / "error.txt").write_text(f"{' '.join(overrides())}\n{text}\n")
-            elif mistake:
+            elif mistake and "debug=true" not in typed:
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()  # only if it came before the first file
                 sys.exit(one_line(error, schema))
@@ -109,7 +109,7 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
         if SweepDirectory.path is not None:
             errors = [path for path in SweepDirectory.path.rglob("error.txt") if path.stat().st_mtime >= start]
             failed = [f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(errors)]
-        if not failed and not started:  # the command line could not be composed, or the run's directory not made
+        if not (failed or started or "debug=true" in typed):  # no configuration, or no directory for the run
             sys.exit(one_line(error, schema))
         if not failed:
             raise
@@ -253,7 +253,8 @@ def _unknown_key(key: str, schema: type) -> str:
     else:
         keys = [f"{group}.{name}" for group, names in known.items() for name in names]
         keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
-        near = difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        near = [name for name in keys if name.endswith(f".{key}")][:1]
+        near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
         more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""
     return f"{key} is not a key{hint}{more}"

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from torch import Tensor
 from vit_lightning.config import DataConfig, InputError
 
 T = TypeVar("T")
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # 90 million pixels, or too large to read
 
 SPLITS = ("train", "test")
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
@@ -209,7 +213,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("RGB" if channels == 3 else "L")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
     if image.size != (side, side):
         image = ImageOps.fit(image, (side, side), Image.Resampling.BILINEAR)
@@ -239,7 +243,7 @@ def _image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             return image.size
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise _unreadable(path, error) from error
 
 
@@ -296,6 +300,8 @@ def open_cache(cache: Path) -> ImageArrays:
 
 def write_cache(cache: Path, fingerprint: str, decoded: Decoded) -> None:
     """Write the arrays beside ``cache`` and put them in its place when they are complete."""
+    for left in cache.parent.glob(f".{cache.name}-*"):  # by a process that was killed
+        shutil.rmtree(left)
     new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
     try:
         for split in SPLITS:

@@ -1,0 +1,234 @@
+"""Mistakes that people make: each command answers with one line that names the key or the file, and the cure."""
+
+import importlib
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_folder
+from PIL import Image
+
+TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
+
+# Command, arguments, and what the line must hold. {run} is a run on digits, {folders} the folders of broken_folders.
+CONFIGURATION = [
+    ("train", "model.layerz=4", "model.layerz is not a key; did you mean model.layers?"),
+    ("train", "+typo=1", "typo is not a key"),
+    ("train", "+model.typo=1", "model.typo is not a key"),
+    ("train", "lr=1", "lr is not a key; did you mean optim.lr?"),
+    ("train", "model.layers=many", "model.layers=many"),
+    ("train", "model.layers=0", "model.layers=0 must be at least 1"),
+    ("train", "model.layers=null", "model.layers=null"),
+    ("train", "model.layers=1.5", "model.layers=1.5"),
+    ("train", "model.heads=5", "model.embed_dim=65 would be"),
+    ("train", "model.patch_size=5", "model.patch_size=4 or 6 would divide it"),
+    ("train", "model.position=rotary model.heads=32", "model.position=rotary needs heads of a width that 4 divides"),
+    ("train", "model.patch_embed=conv", "model.patch_size=6 must be a power of two"),
+    ("train", "model=blog model.drop_path=0.1", "belong to model.block=prenorm; leave them out"),
+    ("train", "model.dropout=1", "model.dropout=1.0 must be at least 0 and less than 1"),
+    ("train", "model.mlp_head_units=[0]", "model.mlp_head_units=0 must be at least 1"),
+    ("train", "model=vitt", "model=vitt is not known; choose one of blog, conv"),
+    ("train", "model=", "model= names no option; choose one of"),
+    ("train", "experiment=bestt", "experiment=bestt is not known; choose one of"),
+    ("train", "data=cifar1000", "data=cifar1000 is not known; choose one of cifar10, cifar100"),
+    ("train", "data.source=imagenet", "data.source=imagenet is not known; choose one of"),
+    ("train", "data.split=half", "data.split=half is not known; choose one of blog, standard"),
+    ("train", "data.val_fraction=1", "data.val_fraction=1.0 must lie between 0 and 1"),
+    ("train", "data.batch_size=0", "data.batch_size=0 must be at least 1"),
+    ("train", "data.workers=-1", "data.workers=-1 must be at least 0"),
+    ("train", "data=digits data.stored_size=8", "data.stored_size belongs to data.source=image_folder"),
+    ("train", "augment.flip=2", "augment.flip=2.0 is a probability"),
+    ("train", "augment.rotation=200", "augment.rotation=200.0 must lie between 0 and 180 degrees"),
+    ("train", "augment.mixup=-1", "augment.mixup=-1.0 must be at least 0"),
+    ("train", "augment.policy=auto", "augment.policy=auto is not known; choose one of none, trivial, rand"),
+    ("train", "optim.name=sgd", "optim.name=sgd is not known; choose one of adamw, muon"),
+    ("train", "optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
+    ("train", "optim.lr=nan", "optim.lr=nan must be at least 0"),
+    ("train", "optim.lr=inf", "optim.lr=inf must be at least 0 and finite"),
+    ("train", "optim.betas=[0.9]", "must be two numbers, as in optim.betas=[0.9,0.999]"),
+    ("train", "optim.betas=[0.9,1.5]", "optim.betas=1.5 must be at least 0 and less than 1"),
+    ("train", "optim.ema=1", "optim.ema=1.0 must be at least 0 and less than 1"),
+    ("train", "optim.clock=time", "optim.clock=time needs an end: set trainer.max_time"),
+    ("train", "trainer.max_epochs=0", "trainer.max_epochs=0 must be at least 1"),
+    ("train", "trainer.max_time=1h", "trainer.max_time=1h must be written as days:hours:minutes:seconds"),
+    ("train", "trainer.precision=8", "trainer.precision=8 is not known; choose one of"),
+    ("train", "trainer.accelerator=tpu", "trainer.accelerator=tpu is not known; choose one of auto, cpu, gpu, mps"),
+    ("train", "trainer.devices=2", "needs trainer=ddp or trainer=fsdp"),
+    ("train", "trainer=ddp trainer.devices=3", "data.batch_size=32 cannot be divided among 3 processes"),
+    ("train", "trainer.limit_val_batches=0", "trainer.limit_val_batches=0 must be a whole number of batches from 1"),
+    ("train", "trainer.limit_train_batches=1.5", "trainer.limit_train_batches=1.5 must be a whole number"),
+    ("train", "trainer.check_val_every_n_epoch=200", "the run would never be validated"),
+    ("train", "seed=-1", "seed=-1 must lie between 0 and 4294967295"),
+    ("train", "target_acc=50", "target_acc=50.0 is a probability: it must lie between 0 and 1"),
+    ("train", "save_minutes=-1", "save_minutes=-1.0 must be at least 0"),
+    ("train", "optim.lr", "optim.lr is not a setting that can be read; write optim.lr=value"),
+    ("train", "checkpoint=a=b", "quote the value"),
+    ("train", "hydra.run.dirr=x", "hydra.run.dirr is not a key; --cfg hydra lists Hydra's own"),
+    ("evaluate", "", "checkpoint= names no network; set it to a run's directory or a file"),
+    ("evaluate", "checkpoint={run} split=vall", "split=vall is not known; choose one of train, val, test"),
+    ("evaluate", "checkpoint={run} accelerator=tpu", "accelerator=tpu is not known; choose one of"),
+    ("evaluate", "checkpoint={run} batch=3", "batch is not a key"),
+    ("predict", "checkpoint={run}", "images= is empty; name files, directories or globs"),
+    ("predict", "checkpoint={run} images=x.png top=0", "top=0 must be at least 1"),
+    ("export", "checkpoint={run} format=tflite", "format=tflite is not known; choose one of onnx, torch_export"),
+    ("export", "checkpoint={run} seconds=-1", "seconds=-1.0 must be at least 0"),
+    ("search", "search.trials=0", "search.trials=0 must be at least 1"),
+    ("search", "search.sampler=grid", "search.sampler=grid is not known; choose one of tpe, random"),
+    ("search", "search.study=a/b", "search.study=a/b names a directory"),
+    ("search", "+space.model.layerz={{low: 1, high: 2}}", "space"),
+    ("sweep", "", "the command is: python -m vit_lightning.sweep summary dir=DIRECTORY"),
+    ("sweep", "summary dir=nowhere", "dir=nowhere holds no summary.json"),
+    ("benchmark", "benchmark.rounds=0", "benchmark.rounds=0 must be at least 1"),
+]
+RUNS = [
+    (
+        "train",
+        "data=digits model.channels=3",
+        "model.channels=3, but data.source=digits has 1; leave model.channels out",
+    ),
+    ("train", "data=digits model.num_classes=3", "model.num_classes=3, but data.source=digits has 10"),
+    ("train", "data=digits data.batch_size=5000", "data.batch_size=5000 exceeds the 1293 training images"),
+    ("train", "data=digits augment.crop=8", "augment.crop=8 must be less than the images' 8 pixels"),
+    ("train", "data=digits data.val_fraction=0.0001", "data.val_fraction=0.0001 cannot be held out class by class"),
+    ("train", "data=digits trainer.limit_val_batches=0.1", "trainer.limit_val_batches=1 would be one"),
+    ("train", "data=digits checkpoint=nowhere", "checkpoint=nowhere: no file nowhere; name a run's directory"),
+    (
+        "train",
+        "data=digits checkpoint={run} model.layers=3",
+        "checkpoint={run} has model.patch_size=2, this run 6; set",
+    ),
+    ("train", "data=digits data.cache_dir=/proc/none", "data.cache_dir=/proc/none cannot be written"),
+    ("train", "data=digits hydra.run.dir=/proc/none", "/proc/none cannot be written"),
+    ("train", "data=digits hydra.run.dir={run}", "holds another run; choose a new hydra.run.dir"),
+    ("train", "resume=nowhere", "resume=nowhere holds no run; name a run's directory"),
+    ("train", "resume={run}", "is a run that came to its end; trainer.max_epochs=12 would go on with it"),
+    ("train", "resume={run} optim.lr=1", "leave optim.lr out"),
+    ("train", "resume={run} trainer.max_epochs=2", "trainer.max_epochs=2 is less than the run's 6"),
+    ("train", "resume={folders}/damaged trainer.max_epochs=9", "there is no other, so start the run anew"),
+    ("train", "resume={folders}/edited trainer.max_epochs=9", "config.yaml is not the configuration of a run"),
+    ("evaluate", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
+    ("evaluate", "checkpoint={folders}/damaged", "best.ckpt is damaged"),
+    ("evaluate", "checkpoint={folders}/foreign.ckpt", "holds no classifier of this project"),
+    ("evaluate", "checkpoint={folders}/foreign.safetensors", "holds no classifier of this project"),
+    ("evaluate", "checkpoint={folders}/photo.png", "is damaged, or no checkpoint"),
+    ("evaluate", "checkpoint={run} data=image_folder data.root={folders}/good", "class"),
+    ("predict", "checkpoint={run} images=nowhere.png", "no picture was read"),
+    ("predict", "checkpoint={run} images={folders}/empty", "no picture was read"),
+    ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read"),
+    ("export", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
+    ("search", "search.storage=nosuch://x", "search.storage=nosuch://x cannot be opened as the storage of a study"),
+]
+FOLDERS = [
+    ("nowhere", "has no folder train/"),
+    ("photo.png", "has no folder train/"),
+    ("no_test", "has no folder test/"),
+    ("one_class", "holds 1 class folder; a classifier needs two or more"),
+    ("empty_class", "train/b holds no PNG, JPEG or WebP file; fill it or remove it"),
+    ("new_class", "test/c is a class that"),
+    ("no_classes", "train holds no class folder; put images into"),
+    ("truncated", "train/a/000.png cannot be read"),
+    ("text", "train/a/0.png cannot be read (not an image); mend or remove it"),
+    ("nothing", "train/a/000.png cannot be read"),
+    ("huge", "train/a/000.png cannot be read"),
+    ("one_test_image", "data.split=blog cannot split 1 test image"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, digits_run) -> Path:
+    """What is wrong with each is in its name."""
+    root = tmp_path_factory.mktemp("folders")
+    names = [name for name, _ in FOLDERS[2:]] + ["good"]
+    for name in names:
+        write_folder(root / name, {"a": (6, 6), "b": (6, 6)})
+    image = root / "{}" / "train" / "a" / "000.png"
+    shutil.rmtree(root / "no_test" / "test")
+    for split in ("train", "test"):
+        shutil.rmtree(root / "one_class" / split / "b")
+        (root / "no_classes" / split).rename(root / "no_classes" / "old")
+        shutil.move(root / "no_classes" / "old" / "a", root / "no_classes" / split)
+        shutil.rmtree(root / "no_classes" / "old")
+    for path in (root / "empty_class" / "train" / "b").iterdir():
+        path.unlink()
+    shutil.copytree(root / "new_class" / "test" / "a", root / "new_class" / "test" / "c")
+    whole = Path(str(image).format("truncated"))
+    whole.write_bytes(whole.read_bytes()[:-60])
+    (root / "text" / "train" / "a" / "0.png").write_text("not a picture")
+    Path(str(image).format("nothing")).write_bytes(b"")
+    Path(str(image).format("huge")).write_bytes(huge_png(whole))
+    shutil.rmtree(root / "one_test_image" / "test" / "b")
+    for path in list((root / "one_test_image" / "test" / "a").iterdir())[1:]:
+        path.unlink()
+    (root / "empty").mkdir()
+    Image.new("RGB", (8, 8)).save(root / "photo.png")
+    torch.save({"model": 1}, root / "foreign.ckpt")
+    (root / "foreign.safetensors").write_bytes(b"no weights")
+    for name in ("damaged", "edited"):
+        shutil.copytree(digits_run, root / name)
+    for path in (root / "damaged" / "checkpoints").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    (root / "edited" / "config.yaml").write_text("model: {layerz: 3}\n")
+    return root
+
+
+def huge_png(small: Path) -> bytes:
+    """A small file that claims to hold 40,000 × 40,000 pixels."""
+    data = bytearray(small.read_bytes())
+    data[16:24] = struct.pack(">II", 40_000, 40_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+def said(capsys, monkeypatch, cwd: Path, name: str, *arguments: str) -> str:
+    """The one line that a command ends with."""
+    monkeypatch.chdir(cwd)
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with pytest.raises(SystemExit) as end:
+        importlib.import_module(f"vit_lightning.{name}").main()
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert isinstance(end.value.code, str)  # which Python prints, and exits with 1
+    [line] = end.value.code.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize(("name", "arguments", "message"), CONFIGURATION + RUNS)
+def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, digits_run, folders, name, arguments, message):
+    known = {"run": digits_run, "folders": folders}
+    line = said(capsys, monkeypatch, tmp_path, name, *(item.format(**known) for item in split(arguments)))
+    assert message.format(**known) in line
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def split(arguments: str) -> list[str]:
+    """At blanks outside of braces."""
+    return [arguments] if "{{" in arguments else arguments.split()
+
+
+@pytest.mark.parametrize(("folder", "message"), FOLDERS)
+def test_a_folder_that_cannot_be_trained_on_is_said(capsys, monkeypatch, tmp_path, folders, folder, message):
+    arguments = ["data=image_folder", f"data.root={folders / folder}", "data.batch_size=2"]
+    assert message in said(capsys, monkeypatch, tmp_path, "train", *arguments)
+    assert folder == "one_test_image" or not list(tmp_path.glob("data/cache/[!.]*"))  # that one is sound
+
+
+def test_there_are_enough_of_them():
+    assert len(CONFIGURATION) + len(RUNS) + len(FOLDERS) >= 60
+
+
+@pytest.mark.parametrize("debug", [False, True])
+def test_a_process_ends_with_one_line_or_if_asked_with_a_traceback(tmp_path, debug):
+    arguments = [sys.executable, "-m", "vit_lightning.train", "model.heads=5", *["debug=true"] * debug]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert result.returncode == 1
+    assert ("Traceback" in result.stderr) == debug
+    assert "model.embed_dim=65 would be" in result.stderr.splitlines()[-1]
+    assert (len(result.stderr.splitlines()) == 1) != debug
