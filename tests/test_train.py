@@ -532,3 +532,12 @@ def test_time_may_be_over_within_the_first_epoch(start):
     summary = summary_of(run)
     assert summary["samples_seen"] == summary["images"]["train"] < 1149
     assert summary["samples_seen"] / float(row["train/images_per_second"]) < float(row["seconds"])
+
+
+def test_a_run_that_ends_before_its_first_validation_says_so(start):
+    time_is_over = ["data.batch_size=1", "trainer.max_time=00:00:00:01", "trainer.check_val_every_n_epoch=2"]
+    result = command("train", "experiment=quickstart", *time_is_over, "hydra.run.dir=unvalidated", cwd=start)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: the run ended before its first validation; set trainer.check_val_every_n_epoch=1; ")
+    assert not (start / "unvalidated" / "checkpoints" / "best.ckpt").exists()

@@ -42,10 +42,8 @@ class ImageData(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Where the training images are, so that a run can go on within an epoch."""
-        assert self.trainer is not None
-        loader = self.trainer.train_dataloader
-        assert isinstance(loader, ResumableLoader)
-        return loader.state_dict()
+        loader = self.trainer.train_dataloader if self.trainer else None
+        return loader.state_dict() if isinstance(loader, ResumableLoader) else {}  # there is none outside of training
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`, also for a loader that is there already.

@@ -121,7 +121,8 @@ class Saver(Checkpoint):
             self._stop(number)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer, pl_module, best=self.recorder.best is self.recorder.rows[-1])
+        row = self.recorder.rows[-1]
+        self._save(trainer, pl_module, best="val/acc" in row and row is self.recorder.best)
         [number] = self._agreed(trainer, self._signal)
         self._stop(number)
 
@@ -134,9 +135,8 @@ class Saver(Checkpoint):
         return [int(wish) for wish in trainer.strategy.reduce(wanted, reduce_op="max")]
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, best: bool = False) -> None:
-        parts = (
-            p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters()
-        )  # with fsdp, a process's
+        # With fsdp, each process looks at its part.
+        parts = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
         [broken] = self._agreed(trainer, not all(part.isfinite().all() for part in parts))
         if broken:
             raise InputError(f"after step {trainer.global_step} the weights are no numbers any more")
