@@ -129,18 +129,23 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole,
     """By SIGKILL, twenty times and more, while it saves after every step."""
     rng = random.Random(0)
     run = start / "killed"
+    unfinished = run / "checkpoints" / ".new.ckpt"
     kills = writing = 0
     begin = [*RECIPE, *SHORT, "save_minutes=0", f"hydra.run.dir={run}"]
     while not (run / "summary.json").exists():
         before = saved_at(run)
         process, (_, errors) = started("train", *begin, cwd=start, out=tmp_path)
         wait_for_save(process, run, before)
-        if kills < 20:
-            time.sleep(rng.uniform(0, 0.05))
-            writing += (run / "checkpoints" / ".new.ckpt").exists()
+        if kills < 20 or not writing:
+            if kills % 2:  # the moment at which a checkpoint is being written
+                while process.is_alive() and not unfinished.exists():
+                    pass
+            else:
+                time.sleep(rng.uniform(0, 0.05))
             process.kill()
-            kills += process.is_alive()
         process.join()
+        kills += process.exitcode == -signal.SIGKILL
+        writing += unfinished.exists()
         assert process.exitcode in (0, -signal.SIGKILL), errors.read_text()
     assert kills >= 20
     assert writing
