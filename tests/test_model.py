@@ -17,6 +17,7 @@ from vit_lightning.model import (
     ViT,
     mlp_head,
     patchify,
+    resize_positions,
     rotary_angles,
     rotate,
 )
@@ -415,3 +416,20 @@ def test_every_parameter_learns(changes):
 def test_network_without_sizes_is_refused(missing):
     with pytest.raises(ValueError, match="needs its num_classes and channels"):
         ViT(small_config(**{missing: None}))
+
+
+@pytest.mark.parametrize("model", [{"pool": "cls"}, {"pool": "mean", "registers": 2}, {"position": "rotary"}])
+def test_other_sizes_of_images_are_those_of_a_network_with_resized_positions(model):
+    torch.manual_seed(0)
+    large, small = (
+        ViT(
+            ModelConfig(image_size=size, patch_size=3, channels=1, num_classes=5, embed_dim=16, layers=2, **model)
+        ).eval()
+        for size in (12, 6)
+    )
+    state = large.state_dict()
+    if "pos_embed" in state:
+        state["pos_embed"] = resize_positions(state["pos_embed"], 2, first=int(large.pool == "cls"))
+    small.load_state_dict(state)
+    images = torch.randn(3, 1, 6, 6)
+    torch.testing.assert_close(large(images), small(images))

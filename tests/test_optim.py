@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.model import ViT
-from vit_lightning.optim import build_optimizer, build_schedule, ema_update
+from vit_lightning.optim import FullPrecisionMuon, build_optimizer, build_schedule, ema_update
 
 SMALL = ModelConfig(image_size=6, patch_size=3, channels=1, num_classes=5, embed_dim=8, layers=2, mlp_head_units=[7])
 
@@ -53,8 +53,9 @@ def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("model", [SMALL, replace(SMALL, image_size=8, patch_embed="conv", patch_size=4, stem_depth=1)])
-def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model):
+def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model, monkeypatch):
     """Against two optimizers of torch's, each stepping by itself."""
+    monkeypatch.setattr("vit_lightning.optim.has_fast_bfloat16", lambda device: True)
     config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, weight_decay=0.1)
     nets = []
     for joined in (True, False):
@@ -81,6 +82,26 @@ def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model):
         nets.append(net)
     for (name, one), other in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
+def test_muon_without_bfloat16_steps_as_in_float64(shape):
+    """Its update is the gradient's orthogonalisation, worked out here from the singular values; torch's strays from it."""
+    torch.manual_seed(0)
+    gradient = torch.randn(shape)
+    steps = {}
+    for kind in (FullPrecisionMuon, torch.optim.Muon):
+        weight = nn.Parameter(torch.zeros(shape))
+        weight.grad = gradient.clone()
+        kind([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+        steps[kind] = -weight.detach()
+    u, s, vt = torch.linalg.svd(gradient.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(5):  # Jordan's polynomial moves the singular values alone
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    expected = (u * s @ vt * max(1, shape[0] / shape[1]) ** 0.5).float()
+    torch.testing.assert_close(steps[FullPrecisionMuon], expected, rtol=1e-4, atol=1e-5)
+    assert (steps[torch.optim.Muon] - expected).abs().max() > 1e-3
 
 
 def test_joined_optimizers_resume_exactly_and_follow_a_schedule():

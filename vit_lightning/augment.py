@@ -28,7 +28,7 @@ def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
         (B, C, S, S), float32.
     """
     x = (images / 255 - _per_channel(mean)) / _per_channel(std)
-    return _resize(x, size)
+    return resize(x, size)
 
 
 def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config: AugmentConfig) -> Tensor:
@@ -56,7 +56,7 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     # Only divided here, so that black is still zero, which is what the outside becomes; the mean is taken off last.
     x = images / (255 * _per_channel(std))
     if h > size or w > size:  # sampling cannot average over the source pixels that a target pixel covers
-        x = _resize(x, size)
+        x = resize(x, size)
     if config.rotation or config.shift or x.shape[-2:] != (size, size):
         theta = random_affine(len(images), config).to(images.device)
         grid = sampling_grid(theta, size)  # (B, 2, S, S)
@@ -179,15 +179,16 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     return by_column[:, :, None, :] + by_row[:, :, :, None]
 
 
-def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undo the normalisation: (B, C, S, S) float to values in [0, 1], for looking at."""
-    return (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
-
-
-def _resize(images: Tensor, size: int) -> Tensor:
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, C, h, w), float, at S × S pixels: bilinear, antialiased."""
     if images.shape[-2:] == (size, size):
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+
+
+def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Undo the normalisation: (B, C, S, S) float to values in [0, 1], for looking at."""
+    return (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
 
 
 def _beta(a: float, batch: int) -> Tensor:

@@ -4,14 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
+from vit_lightning.model import resize_positions
 from vit_lightning.saving import read_checkpoint
 
 # What two networks must share for the weights of one to fit the other; positions and head are made to fit.
@@ -102,23 +100,3 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         new = classifier.net.state_dict()
         state = {name: (new if name.startswith("head.") else state)[name] for name in new}
     classifier.net.load_state_dict(state)
-
-
-def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
-    """Learned positions of a square of patches, for a square of another size (bicubic).
-
-    Args:
-        positions: (1, first + n², D).
-        side: patches along a side of the new square.
-        first: tokens before the patches, whose positions stay as they are.
-
-    Returns:
-        (1, first + side², D).
-    """
-    before, grid = positions[:, :first], positions[:, first:]
-    n = round(grid.shape[1] ** 0.5)
-    if n == side:
-        return positions
-    square = grid.transpose(1, 2).unflatten(2, (n, n))  # (1, D, n, n)
-    square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([before, square.flatten(2).transpose(1, 2)], dim=1)

@@ -1,6 +1,5 @@
 """The LightningModule: a network with its loss, metrics and optimizer."""
 
-from functools import partial
 from typing import Any, cast
 
 import lightning as L
@@ -14,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from vit_lightning.augment import eval_transform
+from vit_lightning.augment import eval_transform, resize
 from vit_lightning.callbacks import timer_of
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.model import ViT
@@ -91,7 +90,11 @@ class ViTClassifier(L.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
-        loss, _ = self._step(batch, "train")
+        images, labels = batch
+        config = self.hparams["optim"]
+        if config["small_size"] is not None and self.progress() < config["small_share"]:
+            images = resize(images, config["small_size"])
+        loss, _ = self._step((images, labels), "train")
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
 
@@ -141,6 +144,16 @@ class ViTClassifier(L.LightningModule):
     def _training_metrics(self) -> dict[str, Metric]:
         return {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith("train")}
 
+    def progress(self) -> float:
+        """How much of the training is over, by ``optim.clock``: 0 at its start, 1 at its end."""
+        if self.hparams["optim"]["clock"] == "steps":
+            return self.trainer.global_step / self.trainer.estimated_stepping_batches
+        timer = timer_of(self.trainer)
+        assert timer is not None
+        left = timer.time_remaining()
+        assert left is not None
+        return timer.time_elapsed() / (timer.time_elapsed() + left)
+
     def configure_model(self) -> None:
         """With ``trainer.strategy=fsdp``, have each process hold a part of every block, and of the rest."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -153,15 +166,6 @@ class ViTClassifier(L.LightningModule):
         """The optimizer, and a schedule that moves with every step."""
         config = OptimConfig(**self.hparams["optim"])
         optimizer = build_optimizer(self.net, config)
-        elapsed = partial(share_of_time, self.trainer) if config.clock == "time" else None
+        elapsed = self.progress if config.clock == "time" else None
         schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches), elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-
-def share_of_time(trainer: L.Trainer) -> float:
-    """How much of the Trainer's ``max_time`` is over: 0 at the start of training, 1 at its end."""
-    timer = timer_of(trainer)
-    assert timer is not None
-    left = timer.time_remaining()
-    assert left is not None
-    return timer.time_elapsed() / (timer.time_elapsed() + left)

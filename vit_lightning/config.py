@@ -246,6 +246,9 @@ class OptimConfig:
         warmup: share of the run over which the learning rate first rises linearly from zero.
         clock: what the schedule goes by: ``steps`` of all epochs, or ``time``, so that a run is whole after
             ``trainer.max_time`` on any machine (and no longer repeats bit for bit).
+        small_size: side of the training images, in pixels, over the first ``small_share`` of the run, which goes faster
+            with them; ``None`` for ``model.image_size`` throughout.
+        small_share: that share.
         label_smoothing: share of a label that is spread over all classes, in training.
         ema: decay of an exponential moving average of the weights, which is then what is validated, tested and kept;
             it warms up over the first steps. 0 for none.
@@ -260,6 +263,8 @@ class OptimConfig:
     schedule: str = "constant"
     warmup: float = 0.0
     clock: str = "steps"
+    small_size: int | None = None
+    small_share: float = 0.5
     label_smoothing: float = 0.0
     ema: float = 0.0
 
@@ -268,6 +273,8 @@ class OptimConfig:
         _one_of("constant", "cosine", "linear", optim__schedule=self.schedule)
         _one_of("steps", "time", optim__clock=self.clock)
         _at_least(0, optim__lr=self.lr, optim__muon_lr=self.muon_lr, optim__weight_decay=self.weight_decay)
+        _at_least(1, optim__small_size=self.small_size)
+        _probability(optim__small_share=self.small_share)
         _fraction(optim__warmup=self.warmup, optim__label_smoothing=self.label_smoothing, optim__ema=self.ema)
         if len(self.betas) != 2:
             raise InputError(f"optim.betas={self.betas} must be two numbers, as in optim.betas=[0.9,0.999]")
@@ -284,7 +291,8 @@ class TrainerConfig:
         strategy: ``auto`` (one device), ``ddp`` (a copy of the network on each) or ``fsdp`` (each holds a part of it).
         devices: of a node, a process each; -1 for all GPUs. ``torchrun`` tells it by itself.
         num_nodes: machines.
-        precision: ``32-true``, ``16-mixed`` (GPU) or ``bf16-mixed`` (GPU and CPU).
+        precision: ``32-true``, ``16-mixed`` (GPU), ``bf16-mixed`` (GPU and CPU) or ``auto``: mixed where the processor
+            has instructions for it, 32-true elsewhere; the run's ``config.yaml`` says which.
         max_epochs: passes over the training images.
         max_time: longest time to train, as ``DD:HH:MM:SS``; ``None`` for no limit.
         gradient_clip_val: largest norm of all gradients together; ``None`` for no clipping.
@@ -316,7 +324,7 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         _one_of("auto", "cpu", "gpu", "mps", trainer__accelerator=self.accelerator)
         _one_of("auto", "ddp", "fsdp", trainer__strategy=self.strategy)
-        _one_of("32-true", "16-mixed", "bf16-mixed", trainer__precision=self.precision)
+        _one_of("32-true", "16-mixed", "bf16-mixed", "auto", trainer__precision=self.precision)
         _at_least(1, trainer__num_nodes=self.num_nodes)
         if self.devices < 1 and self.devices != -1:
             raise InputError(f"trainer.devices={self.devices} must be at least 1, or -1 for all GPUs")
@@ -433,6 +441,12 @@ class Config:
         _at_least(0, save_minutes=self.save_minutes)
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         _seed(seed=self.seed)
+        small, model = self.optim.small_size, self.model
+        if small is not None and (small % model.patch_size or small > model.image_size):
+            raise InputError(
+                f"optim.small_size={small} must be a multiple of model.patch_size={model.patch_size} and at most "
+                f"model.image_size={model.image_size}"
+            )
         several = self.trainer.strategy != "auto"
         if several and self.optim.clock == "time":
             raise InputError("optim.clock=time is for one device: clocks of several differ; use optim.clock=steps")

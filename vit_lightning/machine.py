@@ -4,6 +4,7 @@ import ctypes
 import logging
 import sys
 import warnings
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -28,6 +29,29 @@ def check_accelerator(trainer: TrainerConfig) -> None:
         raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
     if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
         raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 faster than in float32: a CPU does with instructions for it alone."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def settle_precision(trainer: TrainerConfig) -> TrainerConfig:
+    """Say which precision ``trainer.precision=auto`` is here.
+
+    Raises:
+        InputError: if there is no such accelerator.
+    """
+    check_accelerator(trainer)
+    if trainer.precision != "auto":
+        return trainer
+    device = torch.device("cpu") if trainer.accelerator == "cpu" else evaluation_device(trainer.accelerator)
+    if has_fast_bfloat16(device):
+        return replace(trainer, precision="bf16-mixed")
+    return replace(trainer, precision="16-mixed" if device.type == "cuda" else "32-true")
 
 
 def evaluation_device(accelerator: str) -> torch.device:

@@ -315,31 +315,37 @@ class ViT(nn.Module):
         self.cls_token = _tokens(first, D)
         self.registers = _tokens(config.registers, D)
         self.pos_embed = _tokens(first + side**2 if config.position == "learned" else 0, D)
-        angles = None
-        if config.position == "rotary":
-            angles = rotary_angles(side, D // config.heads, first, config.registers)
+        self.rotary = (D // config.heads, first, config.registers) if config.position == "rotary" else None
+        angles = None if self.rotary is None else rotary_angles(side, *self.rotary)
         self.register_buffer("rotation", angles, persistent=False)
         block = {"prenorm": PreNormBlock, "blog": BlogBlock}[config.block]
         rates = torch.linspace(0, config.drop_path, config.layers).tolist()  # rises with depth
         self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
-        self.read = 1 if first else side**2  # tokens that the head reads, which alone the last block works out
         self.norm = nn.LayerNorm(D, eps=NORM_EPS) if config.block == "prenorm" else nn.Identity()
         self.attention_pool = AttentionPool(D) if config.pool == "attention" else None
         self.head = mlp_head(D, config.mlp_head_units, config.num_classes, config.head_dropout)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, S, S) to logits (B, num_classes)."""
+        """Normalised images (B, C, S, S) to logits (B, num_classes).
+
+        Images of another size, of whole patches too, do as well: positions are resized to their tokens.
+        """
         x = self.patch_embed(images)  # (B, patches, D)
+        side = images.shape[-1] // (self.image_size // self.side)
+        read = 1 if self.cls_token is not None else side**2  # tokens of the head, which alone the last block works out
+        rotation = self.rotation
+        if self.rotary is not None and side != self.side:
+            rotation = rotary_angles(side, *self.rotary).to(x.device)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
-            x = x + self.pos_embed
+            x = x + resize_positions(self.pos_embed, side, first=int(self.cls_token is not None))
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)  # (B, N, D)
         for block in self.blocks[:-1]:
-            x = block(x, rotation=self.rotation)  # (B, N, D)
-        queries = self.read if self.read < x.shape[1] else None
-        x = self.norm(self.blocks[-1](x, queries, self.rotation))  # (B, self.read, D)
+            x = block(x, rotation=rotation)  # (B, N, D)
+        queries = read if read < x.shape[1] else None
+        x = self.norm(self.blocks[-1](x, queries, rotation))  # (B, read, D)
         if self.pool == "cls":
             x = x.squeeze(1)
         elif self.attention_pool is not None:
@@ -347,6 +353,26 @@ class ViT(nn.Module):
         else:
             x = x.mean(dim=1)
         return self.head(x)  # from (B, D)
+
+
+def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
+    """Learned positions of a square of patches, for a square of another size (bicubic).
+
+    Args:
+        positions: (1, first + n², D).
+        side: patches along a side of the new square.
+        first: tokens before the patches, whose positions stay as they are.
+
+    Returns:
+        (1, first + side², D).
+    """
+    before, grid = positions[:, :first], positions[:, first:]
+    n = round(grid.shape[1] ** 0.5)
+    if n == side:
+        return positions
+    square = grid.transpose(1, 2).unflatten(2, (n, n))  # (1, D, n, n)
+    square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([before, square.flatten(2).transpose(1, 2)], dim=1)
 
 
 def _tokens(number: int, dim: int) -> nn.Parameter | None:

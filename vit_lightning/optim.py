@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Muon, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.overrides import TorchFunctionMode
 
 from vit_lightning.config import OptimConfig
+from vit_lightning.machine import has_fast_bfloat16
 from vit_lightning.model import Conv
 
 
@@ -38,7 +40,30 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
     if not muon:
         return adamw
     inner = [p for p in net.parameters() if id(p) in muon]
-    return Joined(adamw, Muon(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
+    device = inner[0].device
+    kind = Muon if device.type != "cpu" or has_fast_bfloat16(device) else FullPrecisionMuon
+    return Joined(adamw, kind(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
+
+
+class FullPrecisionMuon(Muon):
+    """Muon in float32, for processors that lack instructions for the bfloat16 it casts to: a hundred times as fast."""
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As torch's, which has no setting for it; ``closure`` computes loss and gradients once."""
+        with KeepFloat32():
+            return super().step(closure)
+
+
+class KeepFloat32(TorchFunctionMode):
+    """Where active, ``tensor.bfloat16()`` is a copy of the tensor as it is."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Answer that one call; leave others as they are."""
+        if func is Tensor.bfloat16:
+            return args[0].clone()
+        return func(*args, **(kwargs or {}))
 
 
 class Joined(Optimizer):

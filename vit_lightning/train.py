@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,13 @@ def train(
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.dashboard import Dashboard, hyper_parameters
     from vit_lightning.data import ImageData, follow_data
-    from vit_lightning.machine import check_accelerator, compile_network, quiet_lightning, spare_memory_work
+    from vit_lightning.machine import (
+        check_accelerator,
+        compile_network,
+        quiet_lightning,
+        settle_precision,
+        spare_memory_work,
+    )
     from vit_lightning.optim import ema_update
     from vit_lightning.processes import agree_on, is_first, placement
     from vit_lightning.record import provenance
@@ -64,6 +70,7 @@ def train(
     quiet_lightning()
     spare_memory_work()
 
+    config = replace(config, trainer=settle_precision(config.trainer))
     run = find_run(config, agree_on(run_dir))
     config, run_dir = run.config, run.folder
     if run.result is not None:
