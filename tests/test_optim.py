@@ -86,7 +86,7 @@ def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model, mo
 
 @pytest.mark.parametrize("shape", [(7, 11), (11, 7)])
 def test_muon_without_bfloat16_steps_as_in_float64(shape):
-    """Its update is the gradient's orthogonalisation, worked out here from the singular values; torch's strays from it."""
+    """Its update follows from the singular values of the gradient; that of torch strays from it."""
     torch.manual_seed(0)
     gradient = torch.randn(shape)
     steps = {}

@@ -285,14 +285,16 @@ def cifar_batch(count: int, seed: int, label_key: str) -> tuple[bytes, np.ndarra
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (count, 3072), dtype=np.uint8)
     labels = [index % 10 for index in range(count)]
-    return pickle.dumps({"data": pixels, label_key: labels}), pixels, labels
+    names = [f"picture_s_{number:06}.png" for number in rng.permutation(count)]
+    by_name = sorted(range(count), key=lambda index: (labels[index], names[index]))
+    return pickle.dumps({"data": pixels, label_key: labels, "filenames": names}), pixels[by_name], sorted(labels)
 
 
 @pytest.fixture
-def archive(tmp_path, monkeypatch) -> Iterator[dict[str, np.ndarray]]:
+def archive(tmp_path, monkeypatch) -> Iterator[dict[str, list]]:
     """A small archive of CIFAR-100's form, with its own checksums, at a server that the class is pointed to."""
-    train, train_pixels, _ = cifar_batch(40, 0, "fine_labels")
-    test, test_pixels, _ = cifar_batch(20, 1, "fine_labels")
+    train, *train_images = cifar_batch(40, 0, "fine_labels")
+    test, *test_images = cifar_batch(20, 1, "fine_labels")
     meta = pickle.dumps({"fine_label_names": [f"class{index}" for index in range(10)]})
     served = tmp_path / "served"
     served.mkdir()
@@ -317,7 +319,7 @@ def archive(tmp_path, monkeypatch) -> Iterator[dict[str, np.ndarray]]:
     monkeypatch.setattr(kind, "train_list", [["train", md5(train)]])
     monkeypatch.setattr(kind, "test_list", [["test", md5(test)]])
     monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": md5(meta)})
-    yield {"train": train_pixels, "test": test_pixels}
+    yield {"train": train_images, "test": test_images}  # as a folder of them is read: by class, then by name
     server.shutdown()
     server.server_close()
 
@@ -329,9 +331,9 @@ def cifar_config(tmp_path) -> DataConfig:
 
 def test_cifar_is_downloaded_verified_and_kept(archive, cifar_config, tmp_path, monkeypatch):
     arrays = load_arrays(cifar_config, 72)
-    for split, pixels in archive.items():
+    for split, (pixels, labels) in archive.items():
         assert np.array_equal(arrays.images[split].numpy(), pixels.reshape(-1, 3, 32, 32))
-        assert arrays.labels[split].tolist() == [index % 10 for index in range(len(pixels))]
+        assert arrays.labels[split].tolist() == labels
     assert arrays.class_names == [f"class{index}" for index in range(10)]
     monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/gone")
     monkeypatch.setattr(sources, "write_cache", fail)

@@ -12,6 +12,8 @@ from vit_lightning.config import InputError
 from vit_lightning.model import resize_positions
 from vit_lightning.saving import read_checkpoint
 
+PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
+
 # What two networks must share for the weights of one to fit the other; positions and head are made to fit.
 SHAPE = (
     *("block", "patch_embed", "patch_size", "stem_depth", "position", "pool", "registers", "channels"),
@@ -23,17 +25,17 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
     """Open a trained classifier, in evaluation mode, on the CPU.
 
     Args:
-        checkpoint: the directory of a run (its best checkpoint), or a file: a ``.ckpt`` that a run left or a
-            ``.safetensors`` of :func:`publish`.
+        checkpoint: ``pretrained`` (the network that comes along), the directory of a run (its best checkpoint), or a
+            file: a ``.ckpt`` that a run left or a ``.safetensors`` of :func:`publish`.
 
     Raises:
         InputError: if there is no such file, or it holds no classifier of this project.
     """
-    path = Path(checkpoint).expanduser()
+    path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     if not path.exists():
-        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory or a .ckpt")
+        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory, a .ckpt or pretrained")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
