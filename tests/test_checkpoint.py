@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAINER, composed, write_folder
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vit_lightning.checkpoint import load_classifier, publish, resize_positions, start_from
 from vit_lightning.classifier import ViTClassifier
@@ -79,12 +79,14 @@ def damaged(path: Path) -> Path:
         ("empty", "no file"),
         ("bad.ckpt", "is damaged, or no checkpoint"),
         ("bad.safetensors", "holds no"),
+        ("no-json.safetensors", r"holds no classifier of this project \(Expecting property name"),
     ],
 )
 def test_what_is_no_checkpoint_is_said(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     damaged(tmp_path / "bad.ckpt")
     damaged(tmp_path / "bad.safetensors")
+    save_file({"weight": torch.zeros(1)}, tmp_path / "no-json.safetensors", {"hparams": "{model:"})
     with pytest.raises(InputError, match=f"checkpoint=.*{name}.*{message}") as error:
         load_classifier(str(tmp_path / name))
     assert "\n" not in str(error.value)

@@ -14,12 +14,23 @@ import torch.nn.functional as F
 from conftest import CONF, composed
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Timer
+from torch.optim.swa_utils import AveragedModel
 
 from vit_lightning import cli
-from vit_lightning.augment import mix, train_transform
+from vit_lightning.augment import mix, resize, train_transform
 from vit_lightning.classifier import ViTClassifier
-from vit_lightning.config import AugmentConfig, BenchmarkRun, Config, InputError, ModelConfig, OptimConfig
-from vit_lightning.optim import build_optimizer, build_schedule
+from vit_lightning.config import (
+    AugmentConfig,
+    BenchmarkRun,
+    Config,
+    DataConfig,
+    InputError,
+    ModelConfig,
+    OptimConfig,
+    TrainerConfig,
+)
+from vit_lightning.optim import build_optimizer, build_schedule, ema_update
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")
@@ -80,66 +91,6 @@ def test_an_experiments_choice_can_be_overridden():
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("model.heads=5", "model.embed_dim=64 is not divisible by model.heads=5; model.embed_dim=65 would be"),
-        ("model.patch_size=7", "model.image_size=72 is not divisible by model.patch_size=7; model.patch_size=6 or 8"),
-        ("model.layers=0", "model.layers=0 must be at least 1"),
-        ("model.block=post", "model.block=post is not known; choose one of prenorm, blog"),
-        ("model.dropout=1.0", "model.dropout=1.0 must be at least 0 and less than 1"),
-        ("model.mlp_head_units=[8,0]", "model.mlp_head_units=0 must be at least 1"),
-        ("model.pool=max", "model.pool=max is not known; choose one of cls, mean, attention"),
-        ("model.patch_embed=conv", "model.patch_size=6 must be a power of two from 2"),
-        ("model.position=rotary model.embed_dim=24", "model.position=rotary needs heads of a width that 4 divides"),
-        ("model=blog model.zero_init=true", "belong to model.block=prenorm; leave them out"),
-        ("model.drop_path=1", "model.drop_path=1.0 must be at least 0 and less than 1"),
-        ("augment.policy=auto", "augment.policy=auto is not known; choose one of none, trivial, rand"),
-        ("augment.erase=2", "augment.erase=2.0 is a probability: it must lie between 0 and 1"),
-        ("augment.cutmix=-1", "augment.cutmix=-1.0 must be at least 0"),
-        ("optim.name=lion", "optim.name=lion is not known; choose one of adamw, muon"),
-        ("optim.label_smoothing=1", "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
-        ("optim.ema=1", "optim.ema=1.0 must be at least 0 and less than 1"),
-        ("trainer.max_time=1h", "trainer.max_time=1h must be written as days:hours:minutes:seconds, 00:01:00:00"),
-        ("optim.clock=epochs", "optim.clock=epochs is not known; choose one of steps, time"),
-        ("optim.clock=time", "optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00:30:00"),
-        ("model.stem_depth=-1", "model.stem_depth=-1 must be at least 0"),
-        ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1.0 must be at least 0"),
-        ("target_acc=50", "target_acc=50.0 is a probability: it must lie between 0 and 1"),
-        ("data.source=mnist", "data.source=mnist is not known; choose one of cifar100, cifar10, digits, image_folder"),
-        ("data.split=half", "data.split=half is not known; choose one of blog, standard"),
-        ("data.batch_size=0", "data.batch_size=0 must be at least 1"),
-        ("data.val_fraction=1.0", "data.val_fraction=1.0 must lie between 0 and 1"),
-        ("data.stored_size=64", "data.stored_size belongs to data.source=image_folder; leave it out for cifar100"),
-        ("data.workers=-1", "data.workers=-1 must be at least 0"),
-        ("data.split_seed=-1", "data.split_seed=-1 must lie between 0 and 4294967295"),
-        ("data.split_seed=4294967296", "data.split_seed=4294967296 must lie between 0 and 4294967295"),
-        ("augment.flip=1.5", "augment.flip=1.5 is a probability: it must lie between 0 and 1"),
-        ("augment.rotation=-7", "augment.rotation=-7.0 must lie between 0 and 180 degrees"),
-        ("optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
-        ("optim.lr=nan", "optim.lr=nan must be at least 0"),
-        ("optim.lr=inf", "optim.lr=inf must be at least 0 and finite"),
-        ("optim.betas=[0.9]", "optim.betas=[0.9] must be two numbers, as in optim.betas=[0.9,0.999]"),
-        ("optim.betas=[0.9,1.0]", "optim.betas=1.0 must be at least 0 and less than 1"),
-        ("optim.schedule=step", "optim.schedule=step is not known; choose one of constant, cosine"),
-        ("trainer.max_epochs=0", "trainer.max_epochs=0 must be at least 1"),
-        ("trainer.precision=half", "trainer.precision=half is not known; choose one of 32-true, 16-mixed, bf16-mixed"),
-        ("trainer.limit_val_batches=0", "trainer.limit_val_batches=0 must be a whole number of batches from 1"),
-        ("trainer.limit_val_batches=1.5", "trainer.limit_val_batches=1.5 must be a whole number of batches from 1"),
-        ("trainer.limit_test_batches=nan", "trainer.limit_test_batches=nan must be a whole number of batches from 1"),
-        ("trainer.check_val_every_n_epoch=101", "exceeds trainer.max_epochs=100: the run would never be validated"),
-        ("seed=-1", "seed=-1 must lie between 0 and 4294967295"),
-        ("+typo=1", "typo is not a key"),
-        ("+model.layer=4", "model.layer is not a key; did you mean model.layers?"),
-    ],
-)
-def test_an_impossible_value_names_its_key(override, message):
-    with pytest.raises(InputError) as error:
-        composed(*override.split())
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["model.layerz=4"], "model.layerz is not a key; did you mean model.layers? (model. has block, image_size"),
@@ -148,16 +99,11 @@ def test_an_impossible_value_names_its_key(override, message):
         (["optim.learning_rate=1"], "optim.learning_rate is not a key (optim. has name, lr, "),
         (["model.width=4"], "model.width is not a key (model. has block, image_size"),
         (["layers=4"], "layers is not a key; did you mean model.layers?"),
-        (["hydra.rundir=x"], "hydra.rundir is not a key; --cfg hydra lists Hydra's own"),
         (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
-        (["model.layers=abc"], "model.layers=abc: Value 'abc' of type 'str' could not be converted to Integer"),
-        (["model.layers=1.5"], "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
         (["seed=null"], "seed=null: field 'seed' is not Optional"),
         (["model=vitt"], "model=vitt is not known; choose one of blog, conv, conv_large, vit"),
         (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, best, blog, fast, good"),
         (["model=null"], "model=null names no option; choose one of blog, conv, conv_large, vit"),
-        (["model="], "model= names no option; choose one of blog, conv, conv_large, vit"),
-        (["model.layers"], "model.layers is not a setting that can be read; write model.layers=value"),
         (["data.root=~/x"], "data.root=~/x is not a setting that can be read; quote the value: data.root='\"~/x\"'"),
         (["model.layers=${foo}"], "model.layers: Interpolation key 'foo' not found"),
         (["hydra/launcher=foo"], "hydra/launcher=foo is not known; choose one of basic"),
@@ -168,7 +114,6 @@ def test_an_impossible_value_names_its_key(override, message):
         (["--config-name", "foo"], "error: Cannot find primary config 'foo'. Check"),
         (["--config-dir", "/nowhere"], "error: Additional config directory '/nowhere' not found"),
         (["model.heads=5"], "model.embed_dim=64 is not divisible by model.heads=5"),
-        (["+typo=1"], "typo is not a key"),
         (["-m", "model.layerz=2,4"], "model.layerz is not a key"),
     ],
 )
@@ -205,91 +150,130 @@ CHOICES = {
     "patch_embed": ["unfold", "conv"],
     "position": ["learned", "rotary"],
     "pool": ["cls", "mean", "attention"],
+    "source": ["cifar100", "cifar10", "digits", "image_folder"],
+    "split": ["blog", "standard"],
     "policy": ["none", "trivial", "rand"],
     "name": ["adamw", "muon"],
     "schedule": ["constant", "cosine", "linear"],
+    "clock": ["steps", "steps", "time"],
+    "accelerator": ["auto", "cpu"],
+    "strategy": ["auto", "auto", "auto", "ddp", "fsdp"],
+    "precision": ["32-true", "bf16-mixed", "auto"],
 }
+PARTS = {"model": ModelConfig, "data": DataConfig, "augment": AugmentConfig, "optim": OptimConfig}
+PARTS["trainer"] = TrainerConfig
 share = st.floats(0, 0.9)
+flag = st.booleans()
+batches = st.integers(1, 9) | st.floats(0.1, 1)
+limits = {f"limit_{name}_batches": batches for name in ("train", "val", "test")}
+VALUES = {
+    "model": dict(
+        image_size=st.sampled_from([8, 12, 16]), patch_size=st.sampled_from([2, 3, 4]), stem_depth=st.integers(0, 2),
+        registers=st.integers(0, 3), embed_dim=st.sampled_from([8, 12, 16, 24]), layers=st.integers(1, 3),
+        heads=st.sampled_from([1, 2, 3, 4]), mlp_dim=st.integers(1, 9), dropout=share, drop_path=share,
+        layer_scale=share, zero_init=flag, mlp_head_units=st.lists(st.integers(1, 9), max_size=2), head_dropout=share,
+    ),
+    "data": dict(
+        root=st.text(max_size=5), cache_dir=st.text(max_size=5), stored_size=st.none() | st.none() | st.integers(1, 64),
+        val_fraction=st.floats(0.1, 0.9), split_seed=st.integers(0, 2**32 - 1), batch_size=st.integers(1, 8),
+        eval_batch_size=st.integers(1, 8), workers=st.integers(0, 2),
+    ),
+    "augment": dict(
+        crop=st.integers(0, 3), rotation=st.floats(0, 180), flip=share, shift=share, erase=share, mixup=share,
+        cutmix=share, mix_prob=share,
+    ),
+    "optim": dict(
+        lr=share, muon_lr=share, weight_decay=share, betas=st.lists(share, min_size=2, max_size=2), decay_all=flag,
+        warmup=share, small_size=st.none() | st.sampled_from([4, 6, 8]), small_share=share, label_smoothing=share,
+        ema=st.just(0.0) | share,
+    ),
+    "trainer": dict(
+        devices=st.sampled_from([1, 1, 1, 2]), max_epochs=st.integers(1, 9), gradient_clip_val=st.none() | share,
+        max_time=st.none() | st.sampled_from(["00:00:00:01", "00:12:00:00", "365:00:00:00"]), **limits,
+        check_val_every_n_epoch=st.integers(1, 2), log_every_n_steps=st.integers(1, 99), deterministic=flag,
+        enable_progress_bar=flag,
+    ),
+    "": dict(
+        seed=st.integers(0, 2**32 - 1), target_acc=st.none() | share, target_acc5=st.none() | share, test=flag,
+        save_minutes=st.none() | share, debug=flag,
+    ),
+}  # fmt: skip
+ANYTHING = {
+    int: st.integers(-3, 70),
+    float: st.floats(-2, 2) | st.sampled_from([math.nan, math.inf]),
+    str: st.text(max_size=5) | st.sampled_from(["00:00:00:00", "1:00:00", "9999999999:00:00:00"]),
+    bool: flag,
+    list[int]: st.lists(st.integers(-1, 9), max_size=3),
+    list[float]: st.lists(st.floats(-1, 2), max_size=3),
+}
 
 
-def fields_of(part: type, wild: bool, **values: st.SearchStrategy) -> st.SearchStrategy[dict]:
+def fields_of(part: type, values: dict[str, st.SearchStrategy], wild: bool) -> st.SearchStrategy[dict]:
     """Values of some fields of a part; wild ones may be any that the field's type allows."""
-    values |= {field.name: st.sampled_from(CHOICES[field.name]) for field in fields(part) if field.name in CHOICES}
+    types = {field.name: field.type for field in fields(part)}
+    values = values | {name: st.sampled_from(CHOICES[name]) for name in types if name in CHOICES}
     if wild:
-        anything = {
-            int: st.integers(-3, 70),
-            float: st.floats(-2, 2) | st.sampled_from([math.nan, math.inf]),
-            str: st.text(max_size=5),
-        }
-        types = {field.name: (get_args(field.type) or (field.type,))[0] for field in fields(part)}
-        values = {name: st.one_of(*[value] * 4, anything[types[name]]) for name, value in values.items()}
+        for name, value in values.items():
+            kind = types[name] if types[name] in ANYTHING else get_args(types[name])[0]  # of int | None, int
+            values[name] = st.one_of(*[value] * 20, ANYTHING[kind])
     return st.fixed_dictionaries({}, optional=values)
 
 
-def settings_of(wild: bool) -> st.SearchStrategy[tuple[dict, dict, dict]]:
-    model = fields_of(
-        ModelConfig, wild, image_size=st.sampled_from([8, 12, 16]),
-        patch_size=st.sampled_from([2, 3, 4]), stem_depth=st.integers(0, 2), registers=st.integers(0, 3),
-        embed_dim=st.sampled_from([8, 12, 16, 24]), layers=st.integers(1, 3), heads=st.sampled_from([1, 2, 3, 4]),
-        mlp_dim=st.integers(1, 9), dropout=share, drop_path=share, layer_scale=share, head_dropout=share,
-    )  # fmt: skip
-    augment = fields_of(
-        AugmentConfig, wild, crop=st.integers(0, 3), rotation=st.floats(0, 180), flip=share, shift=share, erase=share,
-        mixup=share, cutmix=share, mix_prob=share,
-    )  # fmt: skip
-    optim = fields_of(
-        OptimConfig, wild, lr=share, muon_lr=share, weight_decay=share, warmup=share,
-        label_smoothing=share, ema=share,
-    )  # fmt: skip
-    return st.tuples(model, augment, optim)
+def settings_of(wild: bool) -> st.SearchStrategy[dict[str, dict]]:
+    """Values of the parts of a configuration, and under "" those of its own fields."""
+    return st.fixed_dictionaries(
+        {name: fields_of(PARTS.get(name, Config), values, wild) for name, values in VALUES.items()}
+    )
 
 
-def takes_a_step(values: tuple[dict, dict, dict]) -> bool:
+def takes_a_step(values: dict[str, dict]) -> bool:
     """Whether the settings are taken; they then train a step, or else are refused with a message that names a key."""
     try:
-        model, augment, optim = ModelConfig(**values[0]), AugmentConfig(**values[1]), OptimConfig(**values[2])
+        config = Config(**{name: part(**values[name]) for name, part in PARTS.items()}, **values[""])
     except InputError as error:
-        if not re.fullmatch(r".*\b(model|augment|optim)\.\w+.*", str(error)):
+        key = r"(model|data|augment|optim|trainer)\.\w+|(seed|target_acc5?|save_minutes)="
+        if not re.fullmatch(rf".*\b({key}).*", str(error)):
             raise AssertionError(f"{error} names no key, or in several lines") from error
         return False
-    model = replace(model, num_classes=3, channels=3)
+    model, optim = replace(config.model, num_classes=3, channels=3), config.optim
+    torch.manual_seed(config.seed)
     classifier = ViTClassifier(asdict(model), asdict(optim), list("abc"), [0.5] * 3, [0.25] * 3).train()
-    images, labels = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
-    x = train_transform(images, model.image_size, torch.full((3,), 0.5), torch.full((3,), 0.25), augment)
-    if augment.mixup or augment.cutmix:
-        x, labels = mix(x, labels, 3, augment)
-    loss = F.cross_entropy(classifier(x), labels, label_smoothing=optim.label_smoothing)
+    average = AveragedModel(classifier.net, multi_avg_fn=ema_update(optim.ema), use_buffers=True) if optim.ema else None
+    side = max(8, config.augment.crop + 1)  # ImageData refuses a crop that is no less than the images
+    images, labels = torch.randint(0, 256, (4, 3, side, side), dtype=torch.uint8), torch.tensor([0, 1, 2, 0])
+    x = train_transform(images, model.image_size, torch.full((3,), 0.5), torch.full((3,), 0.25), config.augment)
+    if config.augment.mixup or config.augment.cutmix:
+        x, labels = mix(x, labels, 3, config.augment)
+    if optim.small_size is not None and optim.small_share > 0:
+        x = resize(x, optim.small_size)
+    with torch.autocast("cpu", torch.bfloat16, enabled=config.trainer.precision == "bf16-mixed"):
+        loss = F.cross_entropy(classifier(x), labels, label_smoothing=optim.label_smoothing)
     loss.backward()
     optimizer = build_optimizer(classifier.net, optim)
-    build_schedule(optimizer, optim, steps=10)
+    build_schedule(optimizer, optim, steps=10, elapsed=(lambda: 0.5) if optim.clock == "time" else None)
+    if config.trainer.gradient_clip_val:
+        torch.nn.utils.clip_grad_norm_(classifier.net.parameters(), config.trainer.gradient_clip_val)
     optimizer.step()
+    if average is not None:
+        average.update_parameters(classifier.net)
+    if config.trainer.max_time is not None:
+        assert Timer(config.trainer.max_time).time_remaining() > 0
     assert loss.isfinite()
     return True
 
 
-PROPERTY = settings(max_examples=80, deadline=None, derandomize=True, database=None)
+PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
-def test_settings_within_their_ranges_train_a_step_or_are_refused_together():
+@pytest.mark.parametrize("wild", [False, True])
+def test_a_whole_configuration_trains_a_step_or_is_refused_with_a_message(wild):
+    """Of settings within their ranges some do not go together; wild ones leave the ranges too."""
     taken = []
 
     @PROPERTY
-    @given(settings_of(wild=False))
+    @given(settings_of(wild))
     def trial(values):
         taken.append(takes_a_step(values))
 
     trial()
-    assert sum(taken) > 25
-    assert not all(taken)
-
-
-def test_wild_settings_are_refused_with_a_message_or_train_a_step():
-    taken = []
-
-    @PROPERTY
-    @given(settings_of(wild=True))
-    def trial(values):
-        taken.append(takes_a_step(values))
-
-    trial()
-    assert 3 < sum(taken) < len(taken) - 10
+    assert 10 < sum(taken) < len(taken) - 10

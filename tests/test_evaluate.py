@@ -82,7 +82,7 @@ def test_a_folder_with_the_same_classes_will_do_whatever_their_number_and_size(t
     ("arguments", "message"),
     [
         (["checkpoint=nowhere"], "checkpoint=nowhere: no file nowhere; name a run's directory or a .ckpt"),
-        ([], "checkpoint= names no network; set it to a run's directory or a file, as in checkpoint=outputs/…"),
+        (["checkpoint=''"], "checkpoint= names no network; set it to a run's directory or a file, as in"),
         (["checkpoint=run", "split=all"], "split=all is not known; choose one of train, val, test"),
         (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean split?"),
         (["checkpoint=run", "data=image_folder", "data.root=other"], "has a class cat that the checkpoint lacks"),

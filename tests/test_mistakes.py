@@ -1,4 +1,4 @@
-"""Mistakes that people make: each command answers with one line that names the key or the file, and the cure."""
+"""Mistakes that people make: each command answers at once with one line that names the key or file, and the cure."""
 
 import importlib
 import os
@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import time
 import zlib
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
+from safetensors.torch import save_file
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 
@@ -22,16 +24,24 @@ CONFIGURATION = [
     ("train", "+typo=1", "typo is not a key"),
     ("train", "+model.typo=1", "model.typo is not a key"),
     ("train", "lr=1", "lr is not a key; did you mean optim.lr?"),
-    ("train", "model.layers=many", "model.layers=many"),
+    ("train", "+model._target_=os.system", "no setting takes a _target_, the path of a class; leave it out"),
+    ("train", "model._target_=os.system", "no setting takes a _target_, the path of a class; leave it out"),
+    ("train", "+hydra.callbacks.x={{_target_: os.system}}", "no setting takes a _target_, the path of a class"),
+    ("train", "model.layers=many", "model.layers=many: Value 'many' of type 'str' could not be converted to Integer"),
     ("train", "model.layers=0", "model.layers=0 must be at least 1"),
-    ("train", "model.layers=null", "model.layers=null"),
-    ("train", "model.layers=1.5", "model.layers=1.5"),
-    ("train", "model.heads=5", "model.embed_dim=65 would be"),
+    ("train", "model.layers=null", "model.layers=null: field 'model.layers' is not Optional"),
+    ("train", "model.layers=1.5", "model.layers=1.5: Value '1.5' of type 'float' could not be converted to Integer"),
+    ("train", "model.block=post", "model.block=post is not known; choose one of prenorm, blog"),
+    ("train", "model.pool=max", "model.pool=max is not known; choose one of cls, mean, attention"),
+    ("train", "model.stem_depth=-1", "model.stem_depth=-1 must be at least 0"),
+    ("train", "model.heads=5", "model.embed_dim=64 is not divisible by model.heads=5; model.embed_dim=65 would be"),
     ("train", "model.patch_size=5", "model.patch_size=4 or 6 would divide it"),
     ("train", "model.position=rotary model.heads=32", "model.position=rotary needs heads of a width that 4 divides"),
     ("train", "model.patch_embed=conv", "model.patch_size=6 must be a power of two"),
     ("train", "model=blog model.drop_path=0.1", "belong to model.block=prenorm; leave them out"),
+    ("train", "model=blog model.zero_init=true", "belong to model.block=prenorm; leave them out"),
     ("train", "model.dropout=1", "model.dropout=1.0 must be at least 0 and less than 1"),
+    ("train", "model.drop_path=1", "model.drop_path=1.0 must be at least 0 and less than 1"),
     ("train", "model.mlp_head_units=[0]", "model.mlp_head_units=0 must be at least 1"),
     ("train", "model=vitt", "model=vitt is not known; choose one of blog, conv"),
     ("train", "model=", "model= names no option; choose one of"),
@@ -42,10 +52,15 @@ CONFIGURATION = [
     ("train", "data.val_fraction=1", "data.val_fraction=1.0 must lie between 0 and 1"),
     ("train", "data.batch_size=0", "data.batch_size=0 must be at least 1"),
     ("train", "data.workers=-1", "data.workers=-1 must be at least 0"),
-    ("train", "data=digits data.stored_size=8", "data.stored_size belongs to data.source=image_folder"),
+    ("train", "data.split_seed=-1", "data.split_seed=-1 must lie between 0 and 4294967295"),
+    ("train", "data.split_seed=4294967296", "data.split_seed=4294967296 must lie between 0 and 4294967295"),
+    ("train", "data=digits data.stored_size=8", "belongs to data.source=image_folder; leave it out for digits"),
     ("train", "augment.flip=2", "augment.flip=2.0 is a probability"),
     ("train", "augment.rotation=200", "augment.rotation=200.0 must lie between 0 and 180 degrees"),
+    ("train", "augment.rotation=-7", "augment.rotation=-7.0 must lie between 0 and 180 degrees"),
+    ("train", "augment.erase=2", "augment.erase=2.0 is a probability: it must lie between 0 and 1"),
     ("train", "augment.mixup=-1", "augment.mixup=-1.0 must be at least 0"),
+    ("train", "augment.cutmix=0.001", "augment.cutmix=0.001 must be 0, for none, or at least 0.01"),
     ("train", "augment.policy=auto", "augment.policy=auto is not known; choose one of none, trivial, rand"),
     ("train", "optim.name=sgd", "optim.name=sgd is not known; choose one of adamw, muon"),
     ("train", "optim.lr=-1", "optim.lr=-1.0 must be at least 0"),
@@ -54,15 +69,23 @@ CONFIGURATION = [
     ("train", "optim.betas=[0.9]", "must be two numbers, as in optim.betas=[0.9,0.999]"),
     ("train", "optim.betas=[0.9,1.5]", "optim.betas=1.5 must be at least 0 and less than 1"),
     ("train", "optim.ema=1", "optim.ema=1.0 must be at least 0 and less than 1"),
-    ("train", "optim.clock=time", "optim.clock=time needs an end: set trainer.max_time"),
+    ("train", "optim.label_smoothing=1", "optim.label_smoothing=1.0 must be at least 0 and less than 1"),
+    ("train", "optim.schedule=step", "optim.schedule=step is not known; choose one of constant, cosine, linear"),
+    ("train", "optim.clock=epochs", "optim.clock=epochs is not known; choose one of steps, time"),
+    ("train", "optim.clock=time", "optim.clock=time needs an end: set trainer.max_time, as in trainer.max_time=00:00"),
+    ("train", "optim.small_size=50", "optim.small_size=50 must be a multiple of model.patch_size=6 and at most"),
     ("train", "trainer.max_epochs=0", "trainer.max_epochs=0 must be at least 1"),
     ("train", "trainer.max_time=1h", "trainer.max_time=1h must be written as days:hours:minutes:seconds"),
+    ("train", "trainer.max_time=00:00:00:00", "trainer.max_time=00:00:00:00 leaves no time to train; set more"),
+    ("train", "trainer.max_time=9999999:00:00:00", "must be written as days:hours:minutes:seconds"),
+    ("train", "trainer.gradient_clip_val=-1", "trainer.gradient_clip_val=-1.0 must be at least 0"),
     ("train", "trainer.precision=8", "trainer.precision=8 is not known; choose one of"),
     ("train", "trainer.accelerator=tpu", "trainer.accelerator=tpu is not known; choose one of auto, cpu, gpu, mps"),
     ("train", "trainer.devices=2", "needs trainer=ddp or trainer=fsdp"),
     ("train", "trainer=ddp trainer.devices=3", "data.batch_size=32 cannot be divided among 3 processes"),
     ("train", "trainer.limit_val_batches=0", "trainer.limit_val_batches=0 must be a whole number of batches from 1"),
     ("train", "trainer.limit_train_batches=1.5", "trainer.limit_train_batches=1.5 must be a whole number"),
+    ("train", "trainer.limit_test_batches=nan", "trainer.limit_test_batches=nan must be a whole number of batches"),
     ("train", "trainer.check_val_every_n_epoch=200", "the run would never be validated"),
     ("train", "seed=-1", "seed=-1 must lie between 0 and 4294967295"),
     ("train", "target_acc=50", "target_acc=50.0 is a probability: it must lie between 0 and 1"),
@@ -70,7 +93,10 @@ CONFIGURATION = [
     ("train", "optim.lr", "optim.lr is not a setting that can be read; write optim.lr=value"),
     ("train", "checkpoint=a=b", "quote the value"),
     ("train", "hydra.run.dirr=x", "hydra.run.dirr is not a key; --cfg hydra lists Hydra's own"),
-    ("evaluate", "", "checkpoint= names no network; set it to a run's directory or a file"),
+    ("evaluate", "checkpoint=", "checkpoint= names no network; set it to a run's directory or a file, as in"),
+    ("evaluate", "checkpoint=''", "checkpoint= names no network; set it to a run's directory or a file, as in"),
+    ("predict", "checkpoint='' images=x.png", "checkpoint= names no network; set it to a run's directory or a file"),
+    ("export", "checkpoint=''", "checkpoint= names no network; set it to a run's directory or a file, as in"),
     ("evaluate", "checkpoint={run} split=vall", "split=vall is not known; choose one of train, val, test"),
     ("evaluate", "checkpoint={run} accelerator=tpu", "accelerator=tpu is not known; choose one of"),
     ("evaluate", "checkpoint={run} batch=3", "batch is not a key"),
@@ -81,7 +107,11 @@ CONFIGURATION = [
     ("search", "search.trials=0", "search.trials=0 must be at least 1"),
     ("search", "search.sampler=grid", "search.sampler=grid is not known; choose one of tpe, random"),
     ("search", "search.study=a/b", "search.study=a/b names a directory"),
-    ("search", "+space.model.layerz={{low: 1, high: 2}}", "space"),
+    (
+        "search",
+        "+space.model.layerz={{low: 1, high: 2}}",
+        "space.model.layerz is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe",
+    ),
     ("sweep", "", "the command is: python -m vit_lightning.sweep summary dir=DIRECTORY"),
     ("sweep", "summary dir=nowhere", "dir=nowhere holds no summary.json"),
     ("benchmark", "benchmark.rounds=0", "benchmark.rounds=0 must be at least 1"),
@@ -106,21 +136,40 @@ RUNS = [
     ("train", "data=digits data.cache_dir=/proc/none", "data.cache_dir=/proc/none cannot be written"),
     ("train", "data=digits hydra.run.dir=/proc/none", "/proc/none cannot be written"),
     ("train", "data=digits hydra.run.dir={run}", "holds another run; choose a new hydra.run.dir"),
+    ("train", "data=digits hydra.run.dir=/proc/self", "/proc/self cannot be written"),  # not even by root
+    (
+        "evaluate",
+        "checkpoint={run} hydra.run.dir={folders}/taken",
+        "taken/evaluation.json cannot be written (Is a directory)",
+    ),
+    (
+        "predict",
+        "checkpoint={run} hydra.run.dir={folders}/taken images={folders}/photo.png",
+        "taken/predictions.json cannot be written (Is a directory); choose another hydra.run.dir",
+    ),
+    (
+        "export",
+        "checkpoint={run} format=safetensors hydra.run.dir={folders}/taken",
+        "model.safetensors cannot be written",
+    ),
     ("train", "resume=nowhere", "resume=nowhere holds no run; name a run's directory"),
     ("train", "resume={run}", "is a run that came to its end; trainer.max_epochs=12 would go on with it"),
     ("train", "resume={run} optim.lr=1", "leave optim.lr out"),
     ("train", "resume={run} trainer.max_epochs=2", "trainer.max_epochs=2 is less than the run's 6"),
     ("train", "resume={folders}/damaged trainer.max_epochs=9", "there is no other, so start the run anew"),
+    ("train", "resume={folders}/unsaved trainer.max_epochs=9", "holds no checkpoints/last.ckpt; start the run anew"),
+    ("train", "resume={folders}/evil trainer.max_epochs=9", "last.ckpt is damaged, or no checkpoint"),
     ("train", "resume={folders}/edited trainer.max_epochs=9", "config.yaml is not the configuration of a run"),
     ("evaluate", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
-    ("evaluate", "checkpoint={folders}/damaged", "best.ckpt is damaged"),
+    ("evaluate", "checkpoint={folders}/damaged", "best.ckpt is damaged, or no checkpoint"),
     ("evaluate", "checkpoint={folders}/foreign.ckpt", "holds no classifier of this project"),
     ("evaluate", "checkpoint={folders}/foreign.safetensors", "holds no classifier of this project"),
+    ("evaluate", "checkpoint={folders}/no_json.safetensors", "no_json.safetensors holds no classifier of this project"),
     ("evaluate", "checkpoint={folders}/photo.png", "is damaged, or no checkpoint"),
-    ("evaluate", "checkpoint={run} data=image_folder data.root={folders}/good", "class"),
-    ("predict", "checkpoint={run} images=nowhere.png", "no picture was read"),
-    ("predict", "checkpoint={run} images={folders}/empty", "no picture was read"),
-    ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read"),
+    ("evaluate", "checkpoint={run} data=image_folder data.root={folders}/good", "has a class a that the checkpoint"),
+    ("predict", "checkpoint={run} images=nowhere.png", "no picture was read; images= takes files, directories"),
+    ("predict", "checkpoint={run} images={folders}/empty", "no picture was read; images= takes files, directories"),
+    ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read; images= takes files"),
     ("export", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
     ("search", "search.storage=nosuch://x", "search.storage=nosuch://x cannot be opened as the storage of a study"),
 ]
@@ -166,15 +215,31 @@ def folders(tmp_path_factory, digits_run) -> Path:
     for path in list((root / "one_test_image" / "test" / "a").iterdir())[1:]:
         path.unlink()
     (root / "empty").mkdir()
+    for name in ("evaluation.json", "predictions.json", "model.safetensors"):
+        (root / "taken" / name).mkdir(parents=True)
     Image.new("RGB", (8, 8)).save(root / "photo.png")
     torch.save({"model": 1}, root / "foreign.ckpt")
     (root / "foreign.safetensors").write_bytes(b"no weights")
-    for name in ("damaged", "edited"):
+    save_file({"weight": torch.zeros(1)}, root / "no_json.safetensors", {"hparams": "{model:"})
+    for name in ("damaged", "edited", "unsaved", "evil"):
         shutil.copytree(digits_run, root / name)
+    shutil.rmtree(root / "unsaved" / "checkpoints")
+    for path in (root / "evil" / "checkpoints").iterdir():
+        torch.save({"state_dict": Malicious(root / "it-ran")}, path)
     for path in (root / "damaged" / "checkpoints").iterdir():
         path.write_bytes(path.read_bytes()[:-100])
     (root / "edited" / "config.yaml").write_text("model: {layerz: 3}\n")
     return root
+
+
+class Malicious:
+    """What touches a file when it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
 
 
 def huge_png(small: Path) -> bytes:
@@ -186,16 +251,22 @@ def huge_png(small: Path) -> bytes:
 
 
 def said(capsys, monkeypatch, cwd: Path, name: str, *arguments: str) -> str:
-    """The one line that a command ends with."""
+    """The one line that a command ends with, within seconds; predict names each unreadable file in one before it."""
     monkeypatch.chdir(cwd)
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    module = importlib.import_module(f"vit_lightning.{name}")
+    start = time.monotonic()
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"vit_lightning.{name}").main()
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
+        module.main()
+    assert time.monotonic() - start < 30
     assert isinstance(end.value.code, str)  # which Python prints, and exits with 1
     [line] = end.value.code.splitlines()
     assert line.startswith("error: ")
+    before = capsys.readouterr().err.splitlines()
+    assert len(before) == (name == "predict" and "no picture was read" in line)
+    for unreadable in before:
+        assert unreadable.startswith("error: ")
+        assert arguments[-1].removeprefix("images=") in unreadable
     return line
 
 
@@ -205,6 +276,7 @@ def test_a_mistake_costs_one_line(capsys, monkeypatch, tmp_path, digits_run, fol
     line = said(capsys, monkeypatch, tmp_path, name, *(item.format(**known) for item in split(arguments)))
     assert message.format(**known) in line
     assert not list(tmp_path.rglob("*.ckpt"))
+    assert not (folders / "it-ran").exists()
 
 
 def split(arguments: str) -> list[str]:
@@ -219,8 +291,41 @@ def test_a_folder_that_cannot_be_trained_on_is_said(capsys, monkeypatch, tmp_pat
     assert folder == "one_test_image" or not list(tmp_path.glob("data/cache/[!.]*"))  # that one is sound
 
 
-def test_there_are_enough_of_them():
-    assert len(CONFIGURATION) + len(RUNS) + len(FOLDERS) >= 60
+UNWRITABLE = "/out cannot be written (Permission denied); choose another hydra.run.dir"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unreadable", "message"),
+    [
+        (
+            ["train", "data=image_folder", "data.root=images"],
+            "images/train/a",
+            "images/train/a cannot be read (Permission denied); mend its permissions",
+        ),
+        (["train", "data=digits", "hydra.run.dir=out"], "out", UNWRITABLE),
+        (["evaluate", "checkpoint={run}", "hydra.run.dir=out"], "out", UNWRITABLE),
+        (["predict", "checkpoint={run}", "images={folders}/photo.png", "hydra.run.dir=out"], "out", UNWRITABLE),
+        (["export", "checkpoint={run}", "hydra.run.dir=out"], "out", UNWRITABLE),
+    ],
+)
+def test_what_only_others_may_read_or_write_is_named(tmp_path, digits_run, folders, arguments, unreadable, message):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    bound = ["setpriv", *(f"--{kind}=-dac_override,-dac_read_search" for kind in ("bounding-set", "inh-caps"))]
+    if os.geteuid() == 0 and not shutil.which("setpriv"):
+        pytest.skip("root may read and write everywhere")
+    name, *settings = (item.format(run=digits_run, folders=folders) for item in arguments)
+    (tmp_path / "out" / "old").mkdir(parents=True)
+    shutil.copytree(folders / "good", tmp_path / "images")
+    (tmp_path / unreadable).chmod(0o500 if unreadable == "out" else 0)
+    result = subprocess.run(
+        [*bound * (os.geteuid() == 0), sys.executable, "-m", f"vit_lightning.{name}", *settings],
+        cwd=tmp_path, capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    (tmp_path / unreadable).chmod(0o755)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 @pytest.mark.parametrize("debug", [False, True])

@@ -14,6 +14,7 @@ from conftest import command, composed
 
 from vit_lightning.config import InputError
 from vit_lightning.data import BatchIndices
+from vit_lightning.processes import placement
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "data.batch_size=64"]
@@ -50,8 +51,9 @@ def runs(tmp_path_factory) -> Path:
     plain = [*TINY, *TWO[3:], "augment=none", "model.dropout=0", "model.head_dropout=0"]
     result = command("train", *plain, "trainer=cpu", "hydra.run.dir=one", cwd=start)
     assert result.returncode == 0, result.stderr
-    for name in ("ddp", "fsdp"):
-        two = [f"trainer={name}", *TWO[1:3], f"hydra.run.dir={name}"]
+    for name in ("ddp", "fsdp", "norms"):
+        two = [f"trainer={name.replace('norms', 'ddp')}", *TWO[1:3], f"hydra.run.dir={name}"]
+        two += ["model.patch_embed=conv", "model.pool=mean", "optim.ema=0.9"] * (name == "norms")
         result = run("-m", "vit_lightning.train", *plain, *two, cwd=start)
         assert result.returncode == 0, result.stderr
         assert result.stderr == ""
@@ -73,7 +75,9 @@ def test_one_command_trains_in_two_processes_and_leaves_one_run(runs, name):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     assert out.count("epoch 1/3") == 1
     assert out.count("best of 3 epochs") == 1
-    assert "2 processes, 32 of the 64 images of a step in each; their gradients are averaged" in out
+    step = "2 processes, 32 of the 64 images of a step in each; their gradients are averaged"
+    assert step in out
+    assert summary["step"].startswith(step)
     assert not (runs / "outputs").exists()
 
 
@@ -85,7 +89,7 @@ def test_steps_are_those_of_one_process(runs, name):
         assert ours[key] == pytest.approx(alone[key], rel=1e-3), key
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "norms"])
 def test_every_image_counts_once(runs, name):
     """The same numbers as one process has, from the same weights."""
     metrics = summary_of(runs / name)["metrics"]
@@ -155,7 +159,7 @@ def test_two_nodes_of_torchrun_make_one_run(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trainer.devices=2"], "trainer.devices=2 trainer.num_nodes=1 needs trainer=ddp or trainer=fsdp"),
+        (["trainer.devices=2"], "trainer.devices=2 needs trainer=ddp or trainer=fsdp"),
         ([*TWO, "data.batch_size=63"], "data.batch_size=63 cannot be divided among 2 processes; data.batch_size=62"),
         ([*TWO, "data.eval_batch_size=3"], "data.eval_batch_size=3 is too small for 2 processes"),
         ([*TWO, "optim.clock=time"], "optim.clock=time is for one device"),
@@ -169,7 +173,22 @@ def test_what_does_not_go_together_is_said(arguments, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("environment", "strategy", "message"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, "auto", "needs trainer=ddp"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "ddp", "srun --ntasks-per-node=1 torchrun"),
+    ],
+)
+def test_processes_that_make_no_run_are_refused(environment, strategy, message, monkeypatch):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with pytest.raises(InputError, match=message):
+        placement(composed("data=digits", f"trainer.strategy={strategy}"))
+
+
 def test_a_sweep_of_runs_on_several_devices_is_refused(tmp_path):
     result = command("train", "-m", *TINY, *TWO, "seed=0,1", cwd=tmp_path)
     assert result.returncode == 1
-    assert "trainer.strategy=ddp is for single runs; those of a sweep have one device" in result.stderr
+    assert result.stderr == "error: trainer.strategy=ddp is for single runs; those of a sweep have one device\n"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "cache"]

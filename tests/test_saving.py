@@ -5,22 +5,26 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, started
+import yaml
+from conftest import command, composed, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from vit_lightning import runs
 from vit_lightning.checkpoint import load_classifier
 from vit_lightning.config import InputError
-from vit_lightning.saving import SealedCheckpoints, newest_sound, read_checkpoint
+from vit_lightning.saving import SealedCheckpoints, newest_sound, read_checkpoint, write_whole
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 RECIPE = [*TINY, "optim=muon", "augment=crop", "augment.mixup=0.2", "model.pool=mean", "model.zero_init=true"]
@@ -53,6 +57,45 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(tmp_path, d
     sound, step, [wrong] = newest_sound(tmp_path)
     assert (sound, step) == (before, 1)
     assert "last.ckpt is damaged" in wrong
+
+
+@pytest.mark.parametrize("content", [{"weights": 1}, [1, 2], torch.ones(3)])
+def test_a_file_of_torchs_that_is_no_checkpoint_is_passed_over(tmp_path, content):
+    write(tmp_path / "last-previous.ckpt", global_step=1)
+    torch.save(content, tmp_path / "last.ckpt")
+    sound, step, [wrong] = newest_sound(tmp_path)
+    assert (sound.name, step) == ("last-previous.ckpt", 1)
+    assert wrong.endswith("last.ckpt is no checkpoint of a run")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path):
+    write(tmp_path / "last-previous.ckpt", global_step=1)
+    (tmp_path / "last.ckpt").mkdir()
+    sound, step, [wrong] = newest_sound(tmp_path)
+    assert (sound.name, step) == ("last-previous.ckpt", 1)
+    assert wrong.endswith("last.ckpt cannot be read (Is a directory)")
+
+
+def test_lightning_reads_no_damaged_checkpoint(tmp_path):
+    path = tmp_path / "last.ckpt"
+    write(path, global_step=2, weights=torch.randn(1000))
+    assert SealedCheckpoints().load_checkpoint(path, weights_only=True)["global_step"] == 2
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"last\.ckpt is damaged"):
+        SealedCheckpoints().load_checkpoint(path, weights_only=True)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, small_disk):
+    path = small_disk / "summary.json"
+    write_whole(path, b"before")
+    with pytest.raises(OSError, match="No space left"):
+        write_whole(path, bytes(20_000_000))
+    assert path.read_bytes() == b"before"
+    assert list(small_disk.iterdir()) == [path]  # what there was of the other takes no room
+    write_whole(path, b"after")
+    assert path.read_bytes() == b"after"
 
 
 class Malicious:
@@ -89,8 +132,11 @@ def start(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(start) -> Path:
     """A run that nothing interrupts, with every ingredient that has a state of its own."""
+    command("train", "--help", cwd=start)  # the first command waits for the server of all
+    begin = time.monotonic()
     result = command("train", *RECIPE, *SHORT, "hydra.run.dir=whole", cwd=start)
     assert result.returncode == 0, result.stderr
+    (start / "seconds").write_text(str(time.monotonic() - begin))
     return start / "whole"
 
 
@@ -126,30 +172,41 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, tmp_path):
-    """By SIGKILL, twenty times and more, while it saves after every step."""
+    """By SIGKILL, twenty times and more, while it saves after every step.
+
+    Ten times just after it has saved or while it does, and ten times at any moment of its life, start and end included;
+    where it has come to its end before that, another one takes its place.
+    """
     rng = random.Random(0)
-    run = start / "killed"
-    unfinished = run / "checkpoints" / ".new.ckpt"
+    life = float((start / "seconds").read_text())
+    ones = [start / "killed-0"]
     kills = writing = 0
-    begin = [*RECIPE, *SHORT, "save_minutes=0", f"hydra.run.dir={run}"]
-    while not (run / "summary.json").exists():
+    while kills < 20 or not (ones[-1] / "summary.json").exists():
+        if (ones[-1] / "summary.json").exists():
+            ones.append(start / f"killed-{len(ones)}")
+        run = ones[-1]
+        unfinished = run / "checkpoints" / ".new.ckpt"
         before = saved_at(run)
+        begin = [*RECIPE, *SHORT, "save_minutes=0", f"hydra.run.dir={run}"]
         process, (_, errors) = started("train", *begin, cwd=start, out=tmp_path)
-        wait_for_save(process, run, before)
-        if kills < 20 or not writing:
+        if kills < 10:
+            wait_for_save(process, run, before)
             if kills % 2:  # the moment at which a checkpoint is being written
                 while process.is_alive() and not unfinished.exists():
                     pass
             else:
                 time.sleep(rng.uniform(0, 0.05))
             process.kill()
+        elif kills < 20:
+            process.join(rng.uniform(0, life))
+            process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
         writing += unfinished.exists()
         assert process.exitcode in (0, -signal.SIGKILL), errors.read_text()
-    assert kills >= 20
     assert writing
-    assert_same_run(run, whole)
+    for run in ones:
+        assert_same_run(run, whole)
 
 
 def saved_at(run: Path) -> int:
@@ -281,7 +338,8 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(start):
     images = ", ".join(map(str, report["images"][:4]))
     batch = f"(epoch 1, batch {report['batch']}: training images {images}, …)"
     assert line.startswith(
-        f"error: train/loss is {report['loss']} at step {report['step']} {batch}, learning rate 1e+30,"
+        f"error: train/loss is {report['loss']} at step {report['step']} {batch}, learning rate 1e+30, "
+        f"gradient norm {float(report['gradient_norm']):g}; nan/nan.json has it all; "
     )
     assert f"resume=nan goes on after step {report['step'] - 1} (last.ckpt is sound)" in line
     assert len(report["images"]) == 32
@@ -289,25 +347,37 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(start):
     assert all(value.isfinite().all() for value in weights.values())
 
 
-def test_a_loader_worker_that_dies_ends_the_run_with_the_cause(start, tmp_path):
-    script = """
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        # What torch notices first: the signal, or the exit.
+        ("os.kill(os.getpid(), signal.SIGKILL)", "DataLoader worker (pid"),
+        ("raise RuntimeError('torn')", "a process that reads batches ended with RuntimeError: torn"),
+        (
+            "raise OSError(5, 'torn', 'x.npy')",
+            "a process that reads batches ended with OSError: [Errno 5] torn: 'x.npy'",
+        ),
+    ],
+)
+def test_a_loader_worker_that_dies_ends_the_run_with_the_cause(start, tmp_path, fault, message):
+    script = f"""
 import os, runpy, signal
 from torch.utils.data import get_worker_info
 from vit_lightning.data import ArrayDataset
 gather = ArrayDataset.__getitem__
 def dying(self, indices):
-    if get_worker_info() is not None and 7 in indices: os.kill(os.getpid(), signal.SIGKILL)
+    if get_worker_info() is not None and 7 in indices: {fault}
     return gather(self, indices)
 ArrayDataset.__getitem__ = dying
 runpy.run_module("vit_lightning.train", run_name="__main__", alter_sys=True)
 """
     (tmp_path / "dying.py").write_text(script)
-    arguments = [sys.executable, str(tmp_path / "dying.py"), *TINY, "data.workers=2", "hydra.run.dir=dying"]
+    arguments = [sys.executable, str(tmp_path / "dying.py"), *TINY, "data.workers=2"]
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: DataLoader worker (pid")  # what torch noticed first: the signal, or the exit
-    assert line.endswith("data.workers=0 needs none")
+    assert line.startswith(f"error: {message}")
+    assert line.endswith("data.workers=0 needs none") == ("kill" in fault)
 
 
 def test_a_run_goes_on_beyond_its_end(start):
@@ -328,9 +398,65 @@ def test_a_run_that_reached_its_target_is_over_also_when_it_is_resumed(start, tm
     arguments = [*TINY, "target_acc=0.01", "target_acc5=0.01", "trainer.max_epochs=5", "hydra.run.dir=target"]
     assert command("train", *arguments, cwd=start).returncode == 0
     (start / "target" / "summary.json").unlink()
+    (start / "target" / "curves.png").unlink()
     result = command("train", "resume=target", cwd=start)
     assert result.returncode == 0, result.stderr
     assert len(rows_of(start / "target")) == 1
+    assert (start / "target" / "curves.png").exists()
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_its_steps_once(start, tmp_path):
+    run = tmp_path / "run"
+    arguments = [*TINY, "trainer.max_epochs=1", "trainer.log_every_n_steps=1", "dashboard=curves"]
+    assert command("train", *arguments, f"hydra.run.dir={run}", cwd=start).returncode == 0
+    expected = curves_of(run)
+    assert expected["optim/lr"]
+    shutil.rmtree(run / "checkpoints")
+    (run / "summary.json").unlink()
+    assert command("train", *arguments, f"hydra.run.dir={run}", cwd=start).returncode == 0
+    assert len(list(run.glob("events.*"))) > 1
+    assert curves_of(run) == expected
+
+
+def test_a_run_goes_on_with_the_images_that_it_began_with(start, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(start / "three", run)
+    last = read_checkpoint(run / "checkpoints" / "last.ckpt")
+    last["hyper_parameters"]["mean"] = [0.5]
+    write(run / "checkpoints" / "last.ckpt", **last)
+    result = command("train", f"resume={run}", "trainer.max_epochs=4", cwd=start)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: the images are not those that this run began with: mean differ from what ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["optim.lr=1e-3"], "the run's own configuration, optim.lr=0.0003; leave optim.lr out"),  # the default
+        (["optim.lr=3e-4", "data=digits"], None),
+        (["model=vit"], "leave model.image_size, model.layers, model.mlp_head_units, model.patch_size out"),
+        (["trainer=debug"], "leave trainer.limit_test_batches, trainer.limit_train_batches, "),
+        (["trainer=default"], None),
+    ],
+)
+def test_what_is_set_otherwise_when_a_run_goes_on_is_refused(start, monkeypatch, arguments, message):
+    folder = start / "own"
+    if not folder.exists():
+        write(folder / "checkpoints" / "last.ckpt", global_step=7)
+        config = asdict(composed(*TINY, "optim.lr=3e-4", "trainer=cpu", "save_minutes=1"))
+        config["model"].update(num_classes=10, channels=1)
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    typed = [f"resume={folder}", *arguments]
+    monkeypatch.setattr(runs, "overrides", lambda: typed)
+    given = composed(*typed)
+    if message is None:
+        run = runs.find_run(given, folder)
+        assert (run.step, run.config.optim.lr, run.config.save_minutes) == (7, 3e-4, 1)
+        assert run.config.trainer.accelerator == ("auto" if "trainer=default" in arguments else "cpu")
+    else:
+        with pytest.raises(InputError, match=re.escape(message)):
+            runs.find_run(given, folder)
 
 
 @pytest.mark.parametrize("damaged", [["last.ckpt"], ["last.ckpt", "last-previous.ckpt"]])
@@ -347,6 +473,10 @@ def test_a_run_goes_on_from_its_newest_sound_checkpoint_or_says_that_there_is_no
         assert messages[0].endswith(f"; going on from {run}/checkpoints/last-previous.ckpt")
         assert result.returncode == 0
         assert len(rows_of(run)) == 4
+        for name in ("last.ckpt", "last-previous.ckpt"):
+            assert read_checkpoint(run / "checkpoints" / name)
+        with pytest.raises(InputError, match="damaged"):
+            read_checkpoint(run / "checkpoints" / "last-damaged.ckpt")
     else:
         assert result.returncode == 1
         assert messages[0].endswith("there is no other, so start the run anew in another directory")

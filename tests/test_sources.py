@@ -365,6 +365,27 @@ def test_a_download_of_other_content_is_refused(archive, cifar_config, monkeypat
         load_arrays(cifar_config, 72)
 
 
+def test_an_archive_that_would_leave_its_folder_is_refused_before_it_is_unpacked(archive, cifar_config, tmp_path):
+    with tarfile.open(tmp_path / "served" / "cifar-100-python.tar.gz", "w:gz") as tar:
+        for name in ("../escaped", str(tmp_path / "escaped"), "cifar-100-python/train"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(InputError, match="holds no sound copy"):
+        load_arrays(cifar_config, 72)
+    assert not (tmp_path / "escaped").exists()
+    assert not (tmp_path / "data" / "cifar-100-python").exists()
+
+
+def test_a_batch_that_is_not_what_was_verified_is_not_unpickled(tmp_path):
+    class Malicious:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "it-ran",))
+
+    (tmp_path / "train").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(InputError, match="train was changed while it was read; delete it and start again"):
+        sources._unpickle(tmp_path / "train", hashlib.md5(b"what was verified").hexdigest())
+    assert not (tmp_path / "it-ran").exists()
+
+
 def _prepare(config: DataConfig, marks: Path, until_killed: bool) -> None:
     """Open a source in a process of its own, which leaves a mark when it writes the cache."""
     statistics = sources.channel_statistics

@@ -362,17 +362,19 @@ def test_ctrl_c_says_where_the_run_lies(start):
     assert (run / "curves.png").exists()
 
 
-def test_ctrl_c_during_the_test_says_so_too(start):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_the_test_says_so_too(start, number, code):
     before = set(start.glob("outputs/*/*"))
     script = (
-        "import runpy; from vit_lightning.classifier import ViTClassifier as Classifier\n"
-        "def interrupted(*_): raise KeyboardInterrupt\n"
+        "import runpy, signal; from vit_lightning.classifier import ViTClassifier as Classifier\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        f"def interrupted(*_): signal.raise_signal({int(number)})\n"
         "Classifier.test_step = interrupted; runpy.run_module('vit_lightning.train', run_name='__main__')"
     )
-    arguments = [sys.executable, "-c", script, "data=digits", "trainer=debug", *SMALL]
+    arguments = [sys.executable, "-c", script, "data=digits", "trainer=debug", "data.eval_batch_size=32", *SMALL]
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
     [run] = set(start.glob("outputs/*/*")) - before
-    assert result.returncode == 130
+    assert result.returncode == code
     assert result.stderr.startswith(f"interrupted; what there is so far lies in {run.relative_to(start)}; resume=")
 
 

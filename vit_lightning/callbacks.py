@@ -29,7 +29,7 @@ COLUMNS = ("epoch", "step", "seconds", "lr", *METRICS, "train/images_per_second"
 
 
 class EpochRecorder(Callback):
-    """Prints a line and writes a row of ``metrics.csv`` each epoch; draws ``curves.png`` when training ends.
+    """Prints a line and writes a row of ``metrics.csv`` each epoch; draws ``curves.png`` in the end.
 
     Attributes:
         rows: the rows written so far; an epoch without validation has no ``val/…`` keys.
@@ -168,12 +168,14 @@ class EpochRecorder(Callback):
         total = trainer.strategy.reduce(counts, reduce_op="sum")
         self.images.update(zip(splits, (int(count) for count in total), strict=True))
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.rows and trainer.is_global_zero:
-            draw_curves(self.rows).savefig(self.run_dir / "curves.png")
-
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self.on_train_end(trainer, pl_module)
+        if trainer.is_global_zero:
+            self.draw()
+
+    def draw(self) -> None:
+        """Draw the epochs so far, in a run that is resumed after its last one too: for that one no training ends."""
+        if self.rows:
+            draw_curves(self.rows).savefig(self.run_dir / "curves.png")
 
 
 class Report(Callback):

@@ -5,14 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
 from vit_lightning.model import resize_positions
 from vit_lightning.saving import read_checkpoint
-
-PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
 
 # What two networks must share for the weights of one to fit the other; positions and head are made to fit.
 SHAPE = (
@@ -25,17 +23,17 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
     """Open a trained classifier, in evaluation mode, on the CPU.
 
     Args:
-        checkpoint: ``pretrained`` (the network that comes along), the directory of a run (its best checkpoint), or a
-            file: a ``.ckpt`` that a run left or a ``.safetensors`` of :func:`publish`.
+        checkpoint: the directory of a run (its best checkpoint), or a file: a ``.ckpt`` that a run left or a
+            ``.safetensors`` of :func:`publish`.
 
     Raises:
         InputError: if there is no such file, or it holds no classifier of this project.
     """
-    path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
+    path = Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     if not path.exists():
-        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory, a .ckpt or pretrained")
+        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory or a .ckpt")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -49,7 +47,7 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
             classifier.load_state_dict(saved["state_dict"])
     except InputError as error:
         raise InputError(f"checkpoint={checkpoint}: {error}") from error
-    except (SafetensorError, KeyError, TypeError, RuntimeError, OSError, EOFError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"checkpoint={checkpoint}: {path} holds no classifier of this project ({reason})") from error
     return classifier.eval()
@@ -69,7 +67,7 @@ def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, pat
         for name, value in classifier.net.state_dict().items()
     }
     hparams = json.dumps(dict(classifier.hparams))
-    save_file(state, path, {"hparams": hparams, "record": json.dumps(record), "licence": licence})
+    path.write_bytes(save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
 
 
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:

@@ -4,6 +4,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -121,6 +122,12 @@ class ViTClassifier(L.LightningModule):
         show = stage == "val"
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=show, logger=logger, batch_size=len(labels))
         return loss, logits
+
+    def on_validation_epoch_start(self) -> None:
+        """Let all processes validate the first one's network: each has its own images' statistics in batch norms."""
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                dist.broadcast(buffer, 0)
 
     def on_train_epoch_start(self) -> None:
         """Count anew: a checkpoint that was written at an epoch's end still holds that epoch's metrics."""

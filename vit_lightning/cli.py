@@ -5,6 +5,7 @@ A mistake in the command line ends in one line on standard error and exit code 1
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
@@ -52,6 +53,7 @@ SCHEMAS: dict[str, type] = {  # by primary file in conf/
     "predict": PredictConfig,
     "export": ExportConfig,
 }
+MISTAKES = (InputError, OmegaConfBaseException, OSError)  # the user's to mend: they end in one line, not a traceback
 SchemaT = TypeVar("SchemaT")
 
 
@@ -77,22 +79,27 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
         hydra_config = HydraConfig.get()
         run_dir = Path(hydra_config.runtime.output_dir)
         try:
+            if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
             (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
             config = to_config(cfg, schema)
             strategy = config.trainer.strategy if isinstance(config, Config) else "auto"
             if hydra_config.mode is RunMode.MULTIRUN and strategy != "auto":
-                raise InputError(f"trainer.strategy={strategy} is for single runs; those of a sweep have one device")
+                with contextlib.suppress(OSError):
+                    run_dir.rmdir()
+                sys.exit(f"error: trainer.strategy={strategy} is for single runs; those of a sweep have one device")
             return task(config, run_dir)
         except Exception as error:
-            mistake = isinstance(error, InputError | OmegaConfBaseException)
+            mistake = isinstance(error, MISTAKES)
             if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
-                text = one_line(error, schema) if mistake else traceback.format_exc().strip()
+                text = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
                 print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
-                (run_dir / "error.txt").write_text(f"{' '.join(overrides())}\n{text}\n")
+                with contextlib.suppress(OSError):  # of a directory that cannot be written
+                    (run_dir / "error.txt").write_text(f"{' '.join(overrides())}\n{text}\n")
             elif mistake and "debug=true" not in typed:
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()  # only if it came before the first file
-                sys.exit(one_line(error, schema))
+                sys.exit(one_line(error, schema, run_dir))
             raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing its own report
@@ -109,12 +116,16 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
         if SweepDirectory.path is not None:
             errors = [path for path in SweepDirectory.path.rglob("error.txt") if path.stat().st_mtime >= start]
             failed = [f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(errors)]
-        if not (failed or started or "debug=true" in typed):  # no configuration, or no directory for the run
+        no_job = not started  # for want of a configuration, or of a directory for the run
+        if not failed and (no_job or isinstance(error, MISTAKES)) and "debug=true" not in typed:
             sys.exit(one_line(error, schema))
         if not failed:
             raise
     finally:
         sys.argv[1:] = typed
+    jobs = list(SweepDirectory.path.glob("*/")) if SweepDirectory.path is not None else []
+    if SweepDirectory.path is not None and not jobs:
+        sys.exit("error: the sweep has no job; a glob that fits no option gives none")
     if SweepDirectory.path is not None and any(SweepDirectory.path.rglob("summary.json")):
         from vit_lightning.sweep import show
 
@@ -143,7 +154,7 @@ def check_grid(arguments: list[str], schema: type) -> list[str]:
         Hydra's setting by which a job's directory is named after what the sweep varies, and after nothing else.
 
     Raises:
-        InputError: if a key is unknown, or a list of values empty or with a value twice.
+        InputError: if a key is unknown, a class path is set, or a list of values is empty or has a value twice.
     """
     given = [item for item in arguments if "=" in item and not item.startswith("-")]  # no options, as --cfg job
     try:
@@ -153,6 +164,8 @@ def check_grid(arguments: list[str], schema: type) -> list[str]:
     fixed: dict[str, bool] = {}  # of a key that is set twice the last counts
     for setting in settings:
         key, value = setting.key_or_group, setting.value()
+        if re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or ""):  # Hydra would call whatever it names
+            raise InputError(f"{setting.input_line}: no setting takes a _target_, the path of a class; leave it out")
         if setting.is_add() and not key.startswith("hydra"):
             group, _, name = key.rpartition(".")
             part = sections(schema).get(group) if group else schema
@@ -208,13 +221,24 @@ def overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def one_line(error: Exception, schema: type) -> str:
-    """What went wrong, naming the key as it was typed and what would be right."""
+def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str:
+    """What went wrong, naming the key as it was typed or the file, and what would be right.
+
+    Args:
+        error: one of ``MISTAKES``, or of Hydra's own.
+        schema: of the command's configuration.
+        run_dir: directory of the run; ``None`` where Hydra has not come so far as to make it.
+    """
     if isinstance(error, InputError):
         return f"error: {error}"
-    if isinstance(error, OSError) and error.filename:  # Hydra's MissingConfigException is one too, without a file
-        cure = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
-        return f"error: {error.filename} cannot be written ({error.strerror}); {cure}"
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):  # which is one by its class alone
+        if not error.filename:
+            return f"error: {error.strerror or error or type(error).__name__}"
+        file = Path(str(error.filename))
+        if run_dir is None or file.is_relative_to(run_dir):
+            cure = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
+            return f"error: {file} cannot be written ({error.strerror}); {cure}"
+        return f"error: {file} cannot be opened ({error.strerror}); mend its permissions, or name another"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
         if group in sections(schema) and value in ("", "null"):
             options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -247,6 +271,8 @@ def _unknown_key(key: str, schema: type) -> str:
     group, dot, name = key.partition(".")
     if group == "hydra":
         return f"{key} is not a key; --cfg hydra lists Hydra's own"
+    if group == "space" and dot and schema is SearchRun:
+        return f"{key} is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe"
     if group in known and dot:  # its names alone: the group that all share would make any two of them alike
         near = [f"{group}.{match}" for match in difflib.get_close_matches(name, known[group], n=1)]
         more = f" ({group}. has {', '.join(known[group])})"

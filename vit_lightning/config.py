@@ -48,7 +48,7 @@ def _one_of(*choices: str, **values: str) -> None:
 def _named(checkpoint: str) -> None:
     if not checkpoint:
         raise InputError(
-            "checkpoint= names no network; set it to pretrained, a run's directory or a file, or leave it out"
+            "checkpoint= names no network; set it to a run's directory or a file, as in checkpoint=outputs/…"
         )
 
 
@@ -289,8 +289,8 @@ class TrainerConfig:
     Attributes:
         accelerator: ``auto`` (whatever is there), ``cpu``, ``gpu`` or ``mps``.
         strategy: ``auto`` (one device), ``ddp`` (a copy of the network on each) or ``fsdp`` (each holds a part of it).
-        devices: of a node, a process each; -1 for all GPUs. ``torchrun`` tells it by itself.
-        num_nodes: machines.
+        devices: of this machine, a process each; -1 for all GPUs. ``torchrun`` tells them, and those of other machines,
+            by itself.
         precision: ``32-true``, ``16-mixed`` (GPU), ``bf16-mixed`` (GPU and CPU) or ``auto``: mixed where the processor
             has instructions for it, 32-true elsewhere; the run's ``config.yaml`` says which.
         max_epochs: passes over the training images.
@@ -308,7 +308,6 @@ class TrainerConfig:
     accelerator: str = "auto"
     strategy: str = "auto"
     devices: int = 1
-    num_nodes: int = 1
     precision: str = "32-true"
     max_epochs: int = 100
     max_time: str | None = None
@@ -325,18 +324,20 @@ class TrainerConfig:
         _one_of("auto", "cpu", "gpu", "mps", trainer__accelerator=self.accelerator)
         _one_of("auto", "ddp", "fsdp", trainer__strategy=self.strategy)
         _one_of("32-true", "16-mixed", "bf16-mixed", "auto", trainer__precision=self.precision)
-        _at_least(1, trainer__num_nodes=self.num_nodes)
         if self.devices < 1 and self.devices != -1:
             raise InputError(f"trainer.devices={self.devices} must be at least 1, or -1 for all GPUs")
-        if self.strategy == "auto" and (self.devices, self.num_nodes) != (1, 1):
-            raise InputError(
-                f"trainer.devices={self.devices} trainer.num_nodes={self.num_nodes} needs trainer=ddp or trainer=fsdp"
-            )
+        if self.strategy == "auto" and self.devices != 1:
+            raise InputError(f"trainer.devices={self.devices} needs trainer=ddp or trainer=fsdp")
         _at_least(1, trainer__max_epochs=self.max_epochs)
         _at_least(0, trainer__gradient_clip_val=self.gradient_clip_val)
-        if self.max_time is not None and not re.fullmatch(r"\d+(:\d\d){3}", self.max_time):
+        if self.max_time is not None and not re.fullmatch(r"\d{1,6}(:\d\d){3}", self.max_time):
             raise InputError(
                 f"trainer.max_time={self.max_time} must be written as days:hours:minutes:seconds, 00:01:00:00"
+            )
+        if self.max_time is not None and not any(map(int, self.max_time.split(":"))):
+            raise InputError(
+                f"trainer.max_time={self.max_time} leaves no time to train; set more, as in 00:01:00:00 for an hour, "
+                "or leave it out for no limit"
             )
         _at_least(1, trainer__check_val_every_n_epoch=self.check_val_every_n_epoch)
         _at_least(1, trainer__log_every_n_steps=self.log_every_n_steps)
@@ -409,8 +410,8 @@ class Config:
         target_acc: training stops when ``val/acc`` has reached this and ``val/acc5`` reached ``target_acc5``, both in
             [0, 1]; ``None`` for no target.
         target_acc5: likewise.
-        checkpoint: a trained network to start from: ``pretrained``, the directory of a run, or a file. ``model.…`` must
-            name its shape; positions are resized to ``model.image_size``, and for other classes the head is new.
+        checkpoint: a trained network to start from: the directory of a run, or a file. ``model.…`` must name its
+            shape; positions are resized to ``model.image_size``, and for other classes the head is new.
         test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
             compared with each other, so that the test images choose nothing.
         resume: directory of a run, to go on with it where it was interrupted, with its own configuration, or beyond its
@@ -450,7 +451,7 @@ class Config:
         several = self.trainer.strategy != "auto"
         if several and self.optim.clock == "time":
             raise InputError("optim.clock=time is for one device: clocks of several differ; use optim.clock=steps")
-        self.check_processes(self.trainer.devices * self.trainer.num_nodes)
+        self.check_processes(self.trainer.devices)
         if self.trainer.strategy == "fsdp" and (self.optim.ema or self.optim.name != "adamw"):
             raise InputError("trainer.strategy=fsdp takes optim.name=adamw and optim.ema=0; trainer=ddp takes them all")
         if self.optim.clock == "time" and self.trainer.max_time is None:
@@ -532,6 +533,8 @@ class SearchRun(Config):
 
     def __post_init__(self) -> None:
         Config.__post_init__(self)
+        if self.trainer.strategy != "auto":
+            raise InputError(f"trainer.strategy={self.trainer.strategy} is for single runs; a search's have one device")
         if not self.space:
             raise InputError("space= is empty; choose one, as in space=recipe, or write one into conf/space/")
         for key, domain in self.space.items():
@@ -552,9 +555,9 @@ def _domain(key: str, domain: Any) -> None:
         return
     for name in domain.keys() - {"low", "high", "step", "log"}:
         raise InputError(f"space: {key} has {name}, which is not known; {kinds}")
-    numbers = [domain["low"], domain["high"], domain.get("step") or 1]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers):
-        raise InputError(f"space: low, high and step of {key} must be numbers, not {domain}")
+    numbers = [domain["low"], domain["high"], domain.get("step", 1)]
+    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or numbers[2] <= 0:
+        raise InputError(f"space: low, high and step of {key} must be numbers, and step above 0, not {domain}")
     if not domain["low"] < domain["high"]:
         raise InputError(f"space: of {key}, low={domain['low']} must be below high={domain['high']}")
     if domain.get("log") and (domain["low"] <= 0 or domain.get("step")):
@@ -566,7 +569,7 @@ class EvaluateConfig:
     """What ``vit_lightning.evaluate`` counts.
 
     Attributes:
-        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         data: the images; ``None`` for those that the network was trained on.
         split: ``train``, ``val`` or ``test``.
         tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
@@ -574,7 +577,7 @@ class EvaluateConfig:
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = "pretrained"
+    checkpoint: str = ""
     data: DataConfig | None = None
     split: str = "test"
     tta: bool = False
@@ -592,7 +595,7 @@ class PredictConfig:
     """What ``vit_lightning.predict`` names the content of.
 
     Attributes:
-        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         images: files, directories (all pictures below them) or globs: one, or a list of them.
         top: classes that are given for each image, the likeliest first.
         attention: whether a picture shows where the network looked in each image.
@@ -601,7 +604,7 @@ class PredictConfig:
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = "pretrained"
+    checkpoint: str = ""
     images: Any = field(default_factory=list)  # OmegaConf knows no "str or list of str"
     top: int = 5
     attention: bool = False
@@ -623,7 +626,7 @@ class ExportConfig:
     """What ``vit_lightning.export`` writes.
 
     Attributes:
-        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         format: ``onnx`` or ``torch_export``, or ``safetensors`` for the weights alone, at half precision.
         data: with ``safetensors``, what the network was trained on, where its run read the same images elsewhere.
         licence: with ``safetensors``, a note on what the weights may be used for.
@@ -631,7 +634,7 @@ class ExportConfig:
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = "pretrained"
+    checkpoint: str = ""
     format: str = "onnx"
     data: DataConfig | None = None
     licence: str = ""

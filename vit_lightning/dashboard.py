@@ -31,14 +31,6 @@ LAYOUT = {  # tags are regular expressions
 }
 IMAGES = 12  # of a training batch
 EXPLAINED = 6  # validation images whose attention is drawn
-# The keys that runs are compared by.
-HYPER_PARAMETERS = (
-    *("model.block", "model.image_size", "model.patch_embed", "model.patch_size", "model.pool", "model.position"),
-    *("model.embed_dim", "model.layers", "model.heads", "model.mlp_dim", "model.dropout", "model.drop_path"),
-    *("data.source", "data.split", "data.batch_size", "augment.policy", "augment.mixup", "augment.cutmix"),
-    *("optim.name", "optim.lr", "optim.muon_lr", "optim.weight_decay", "optim.schedule", "optim.warmup"),
-    *("optim.label_smoothing", "optim.ema", "trainer.max_epochs", "trainer.precision", "seed"),
-)
 
 
 class Dashboard(Callback):
@@ -58,7 +50,7 @@ class Dashboard(Callback):
         self.patches = patches
         self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
         self._step: dict[str, float] = {}  # what the curves with a point a step show of the present one
-        self._best: tuple[float, Tensor] | None = None  # val/acc, and the probabilities that gave it
+        self._best: tuple[float, int, Tensor] | None = None  # val/acc, its epoch, and the probabilities that gave it
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -117,7 +109,7 @@ class Dashboard(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         acc = trainer.callback_metrics["val/acc"].item()
         if trainer.world_size == 1 and (self._best is None or acc > self._best[0]):
-            self._best = acc, torch.cat(self._probabilities)
+            self._best = acc, trainer.current_epoch + 1, torch.cat(self._probabilities)
 
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
         """Write the final metrics of the run, and draw what its best checkpoint makes of the validation images.
@@ -143,8 +135,8 @@ class Dashboard(Callback):
             show(writer, "attention", draw_attention_of(classifier, self.data), step)
         if not (switches.mistakes or switches.confusion or switches.per_class or switches.reliability):
             return
-        if self._best is not None and self._best[0] == metrics["val/acc"]:
-            probabilities = self._best[1]
+        if self._best is not None and self._best[1] == record["best_epoch"]:
+            probabilities = self._best[2]
             _, labels = self.data.stored("val", torch.arange(len(probabilities)))
         else:  # the run was resumed after its best epoch, or has several processes
             probabilities, labels = predict_split(classifier, self.data, "val")
@@ -164,8 +156,10 @@ class Dashboard(Callback):
 
 def hyper_parameters(config: Config) -> dict[str, Any]:
     """What runs are compared by, for TensorBoard's HParams tab: keys as they are typed, and values."""
-    flat = flatten(asdict(config))
-    return {key: flat[key] for key in HYPER_PARAMETERS}
+    groups = ("model", "data", "augment", "optim", "trainer")
+    flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed")})
+    plain = {key: str(value) if isinstance(value, list) else value for key, value in flat.items()}
+    return {key: value for key, value in plain.items() if value is not None}
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ from filelock import FileLock, Timeout
 
 from vit_lightning.cli import overrides, sections
 from vit_lightning.config import Config, InputError, flatten
-from vit_lightning.saving import newest_sound
+from vit_lightning.processes import is_first
+from vit_lightning.saving import MachineError, newest_sound, unwritable
 from vit_lightning.terminal import relative
 
 # What may be otherwise when a run goes on: where it runs, and what changes none of its numbers.
 FREE = (
-    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.num_nodes"),
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices"),
     *("trainer.enable_progress_bar", "save_minutes", "debug"),
 )
 
@@ -30,31 +32,63 @@ class Run:
         config: its configuration.
         folder: its directory.
         checkpoint: what it goes on from; ``None`` from the start.
-        step: optimizer steps before that.
+        step: optimizer steps before that; ``None`` for a run that is new.
         result: its best ``val/acc``, if it came to its end.
     """
 
     config: Config
     folder: Path
     checkpoint: Path | None = None
-    step: int = 0
+    step: int | None = None
     result: float | None = None
 
 
-def find_run(config: Config, run_dir: Path) -> Run:
-    """The run that is asked for.
+@contextlib.contextmanager
+def hold(config: Config, run_dir: Path) -> Iterator[Run]:
+    """The run that is asked for, whose directory no other process can write to from before it is looked at.
 
     Args:
         config: as asked for; ``config.resume`` may name the run's directory.
         run_dir: new, or that of the same run, started earlier.
 
     Raises:
-        InputError: if ``config.resume`` names none that can go on, or ``run_dir`` holds another run.
+        InputError: if there is no such run, it cannot go on, or another process writes to it.
+        MachineError: if its directory cannot be written.
     """
     if config.resume is not None:
         with contextlib.suppress(OSError):
             run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
-        return resumed(config)
+        run_dir = Path(config.resume).expanduser()
+        if not (run_dir / "config.yaml").exists():
+            raise InputError(f"resume={config.resume} holds no run; name a run's directory, outputs/…")
+    lock = FileLock(run_dir / ".lock")
+    try:
+        try:
+            if is_first():
+                lock.acquire(timeout=0)
+            run = find_run(config, run_dir)
+        except Timeout as error:
+            raise InputError(
+                f"{relative(run_dir)} is being written by another process; wait for it or stop it"
+            ) from error
+        except OSError as error:
+            raise MachineError(unwritable(error, run_dir)) from error
+        yield run
+    finally:
+        if lock.is_locked:
+            if not (run_dir / "config.yaml").exists():  # nothing came of it
+                (run_dir / ".lock").unlink(missing_ok=True)
+            lock.release()
+
+
+def find_run(config: Config, run_dir: Path) -> Run:
+    """The run in ``run_dir``, which holds none yet, or the one that ``config`` asks for.
+
+    Raises:
+        InputError: if it is another one, or cannot go on.
+    """
+    if config.resume is not None:
+        return resumed(config, run_dir)
     if not (run_dir / "config.yaml").exists():
         return Run(config, run_dir)
     if not same_run(config, saved_config(run_dir)):
@@ -65,28 +99,25 @@ def find_run(config: Config, run_dir: Path) -> Run:
     return Run(config, run_dir, *sound_checkpoint(run_dir))
 
 
-def resumed(config: Config) -> Run:
-    """The interrupted run in the directory ``config.resume``: its own configuration, ``FREE`` as it is given now.
+def resumed(config: Config, folder: Path) -> Run:
+    """The interrupted run in ``folder``: its own configuration, and of ``FREE`` what is set now.
 
     It may also go on for more ``trainer.max_epochs``, even if it came to its end.
 
     Raises:
-        InputError: if there is none, or the run is over, or ``config`` has other settings.
+        InputError: if the run is over, or ``config`` sets what it has otherwise.
     """
-    assert config.resume is not None
-    given = replace(config, resume=None)
-    ours, default = flatten(asdict(given)), flatten(asdict(Config()))
-    changed = {key for key in ours if ours[key] != default[key]} - {*FREE, "trainer.max_epochs"}
-    if changed:
-        raise InputError(f"resume=… goes on with the run's own configuration; leave {', '.join(sorted(changed))} out")
-    folder = Path(config.resume).expanduser()
-    if not (folder / "config.yaml").exists():
-        raise InputError(f"resume={config.resume} holds no run; name a run's directory, outputs/…")
     saved = saved_config(folder)
-    epochs, more = saved.trainer.max_epochs, config.trainer.max_epochs
-    if more == default["trainer.max_epochs"] and f"trainer.max_epochs={more}" not in overrides():  # not given
-        more = epochs
-    elif more < epochs:
+    given = follow_saved(replace(config, resume=None), saved)
+    ours, theirs = flatten(asdict(given)), flatten(asdict(saved))
+    keys = keys_set(ours)
+    other = sorted(key for key in keys - {*FREE, "trainer.max_epochs"} if ours[key] != theirs[key])
+    if other:
+        own = ", ".join(f"{key}={theirs[key]}" for key in other)
+        raise InputError(f"resume=… goes on with the run's own configuration, {own}; leave {', '.join(other)} out")
+    epochs = saved.trainer.max_epochs
+    more = config.trainer.max_epochs if "trainer.max_epochs" in keys else epochs
+    if more < epochs:
         raise InputError(f"trainer.max_epochs={more} is less than the run's {epochs}; give more, or leave it out")
     if (folder / "summary.json").exists() and more == epochs:
         raise InputError(
@@ -95,11 +126,31 @@ def resumed(config: Config) -> Run:
     checkpoint, step = sound_checkpoint(folder)
     if checkpoint is None:
         raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; start the run anew")
-    free: dict[str, Any] = {key: ours[key] for key in FREE}
+    free: dict[str, Any] = {key: ours[key] for key in FREE if key in keys}
     trainer = {key.removeprefix("trainer."): value for key, value in free.items() if key.startswith("trainer.")}
     others = {key: value for key, value in free.items() if not key.startswith("trainer.")}
     config = replace(saved, trainer=replace(saved.trainer, **trainer, max_epochs=more), **others)
     return Run(config, folder, checkpoint, step)
+
+
+def keys_set(ours: dict[str, Any]) -> set[str]:
+    """The keys that the command line sets, by name or by choosing a file of a group.
+
+    A file of ``model`` and the like sets its whole group; one of ``trainer`` what may be otherwise when a run goes on.
+    Beyond that it sets, as those do that reach across groups (``experiment``), what is not as it is by default; so
+    does, without a command line, the caller.
+
+    Args:
+        ours: by key, the values that come of it.
+    """
+    default = flatten(asdict(Config()))
+    changed = {key for key in ours if ours[key] != default[key]}
+    typed = {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in overrides()} or {""}
+    keys = typed & ours.keys()
+    for group in typed - ours.keys():
+        part = {key for key in ours if key.startswith(f"{group}.")}
+        keys |= part & {*FREE, *changed} if group == "trainer" else part or changed
+    return keys
 
 
 def sound_checkpoint(run_dir: Path) -> tuple[Path | None, int]:
@@ -113,6 +164,8 @@ def sound_checkpoint(run_dir: Path) -> tuple[Path | None, int]:
         raise InputError(f"{'; '.join(wrong)}; there is no other, so start the run anew in another directory")
     for message in wrong:
         print(f"{message}; going on from {relative(checkpoint or run_dir)}", file=sys.stderr)
+    if wrong and is_first():  # else the next save would put it in the place of the sound one
+        (run_dir / "checkpoints" / "last.ckpt").replace(run_dir / "checkpoints" / "last-damaged.ckpt")
     return checkpoint, step
 
 
@@ -120,34 +173,26 @@ def saved_config(run_dir: Path) -> Config:
     """The configuration that a run was started with.
 
     Raises:
-        InputError: if its file is damaged, or of another version.
+        InputError: if its file cannot be read, is damaged, or of another version.
     """
     path = run_dir / "config.yaml"
     try:
         saved = yaml.safe_load(path.read_text())
         parts = {name: part(**saved.pop(name)) for name, part in sections(Config).items()}
         return Config(**parts, **saved)
+    except OSError as error:
+        raise InputError(f"{relative(path)} cannot be read ({error.strerror or error})") from error
     except (yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
         [reason, *_] = str(error).splitlines() or [type(error).__name__]
         raise InputError(f"{relative(path)} is not the configuration of a run of this version ({reason})") from error
 
 
-def hold(run_dir: Path) -> FileLock:
-    """Keep other processes from writing to a run's directory for as long as this one lives, or releases the lock.
-
-    Raises:
-        InputError: if another one does so already.
-    """
-    lock = FileLock(run_dir / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise InputError(f"{relative(run_dir)} is being written by another process; wait for it or stop it") from error
-    return lock
-
-
 def same_run(config: Config, saved: Config) -> bool:
-    """Whether ``config`` asks for the run of ``saved``, in which classes and channels follow the data."""
-    config = replace(config, save_minutes=saved.save_minutes, debug=saved.debug)
+    """Whether ``config`` asks for the run of ``saved``."""
+    return follow_saved(replace(config, save_minutes=saved.save_minutes, debug=saved.debug), saved) == saved
+
+
+def follow_saved(config: Config, saved: Config) -> Config:
+    """``config`` with the classes and channels of ``saved`` where it leaves them to the data."""
     followed = {key: getattr(saved.model, key) for key in ("num_classes", "channels") if not getattr(config.model, key)}
-    return replace(config, model=replace(config.model, **followed)) == saved
+    return replace(config, model=replace(config.model, **followed))

@@ -4,10 +4,10 @@
 ``val/acc``. Each ends with the SHA-256 of what comes before, which :func:`torch.load` leaves unread.
 """
 
+import contextlib
 import hashlib
 import io
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -24,23 +24,54 @@ from torch.distributed.tensor import DTensor
 from vit_lightning.callbacks import EpochRecorder
 from vit_lightning.config import InputError
 from vit_lightning.processes import is_first
+from vit_lightning.terminal import relative
 
 MARK = b"\nvit_lightning sha256 "  # then 64 hexadecimal digits
 
 
+class MachineError(InputError):
+    """A fault of the machine, which any other configuration would meet too: a full disk, a process that died."""
+
+
+def unwritable(error: OSError, run_dir: Path) -> str:
+    """What could not be written, and why."""
+    return f"{error.filename or relative(run_dir)} cannot be written ({error.strerror or error}); make room, or mend it"
+
+
+def write_down(path: Path, *parts: bytes | memoryview) -> None:
+    """Write a file down to the disk; what there is of one that cannot be finished leaves its room to others."""
+    try:
+        with path.open("wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside ``path``, down to the disk, and only then put it there: at no moment is a part there."""
+    new = path.with_name(f".new.{path.name}")
+    write_down(new, content)
+    new.replace(path)
+
+
 class SealedCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints with their checksum, down to the disk; :class:`Saver` puts them in their place."""
+    """Writes checkpoints with their checksum, and verifies it; :class:`Saver` puts them in their place."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
         content = buffer.getbuffer()
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with Path(path).open("wb") as file:
-            file.write(content)
-            file.write(MARK + hashlib.sha256(content).hexdigest().encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_down(Path(path), content, MARK + hashlib.sha256(content).hexdigest().encode())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Whatever is asked for, to the CPU and weights alone: what Lightning's strategies ask for here."""
+        return read_checkpoint(Path(path))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -67,13 +98,17 @@ def newest_sound(folder: Path) -> tuple[Path | None, int, list[str]]:
         Its path, the optimizer steps that lie before it, and what is wrong with newer ones.
     """
     wrong: list[str] = []
-    for name in ("last.ckpt", "last-previous.ckpt"):
+    for path in (folder / "last.ckpt", folder / "last-previous.ckpt"):
         try:
-            return folder / name, read_checkpoint(folder / name)["global_step"], wrong
+            return path, read_checkpoint(path)["global_step"], wrong
         except FileNotFoundError:
             continue
         except InputError as error:
             wrong.append(str(error))
+        except OSError as error:
+            wrong.append(f"{path} cannot be read ({error.strerror or error})")
+        except (KeyError, TypeError, IndexError):  # a file of torch's with something else
+            wrong.append(f"{path} is no checkpoint of a run")
     return None, 0, wrong
 
 
@@ -146,9 +181,7 @@ class Saver(Checkpoint):
         trainer.save_checkpoint(new)
         if trainer.is_global_zero:
             if best:
-                copy = self.folder / ".best.ckpt"
-                shutil.copyfile(new, copy)
-                copy.replace(self.folder / "best.ckpt")
+                write_whole(self.folder / "best.ckpt", new.read_bytes())
             if last.exists():
                 last.replace(self.folder / "last-previous.ckpt")
             new.replace(last)

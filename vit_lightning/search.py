@@ -27,11 +27,13 @@ def search(config: SearchRun, run_dir: Path) -> float:
 
     Raises:
         InputError: if the storage cannot be opened, or holds the study with other settings.
+        MachineError: if a trial cannot be written, or a process of it dies: the next one would fare no better.
     """
     optuna = import_optuna()
     from optuna.study import MaxTrialsCallback
     from optuna.trial import TrialState
 
+    from vit_lightning.saving import MachineError
     from vit_lightning.train import train
 
     base = [item for item in overrides() if not item.lstrip("+~").startswith(("search.", "space"))]
@@ -41,7 +43,7 @@ def search(config: SearchRun, run_dir: Path) -> float:
     def objective(trial: "Trial") -> float:
         directory = trial.user_attrs.get("directory", f"trial-{trial.number:04}")
         trial.set_user_attr("directory", directory)  # which a trial that takes up a dead one's work inherits
-        values = [f"{key}={suggest(trial, key, domain)}" for key, domain in config.space.items()]
+        values = typed({key: suggest(trial, key, domain) for key, domain in config.space.items()})
         print(f"trial {trial.number}: {' '.join(values)}", flush=True)
 
         def report(epoch: int, acc: float) -> None:
@@ -54,6 +56,8 @@ def search(config: SearchRun, run_dir: Path) -> float:
         try:
             trial_config = composed([*overrides(), *values])
             return train(trial_config, run_dir / directory, report, settings=["test=false", *base, *values])
+        except MachineError:
+            raise
         except InputError as error:  # values that do not go together
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
@@ -77,7 +81,7 @@ def import_optuna() -> Any:
         import optuna
     except ImportError as error:
         raise InputError(f'vit_lightning.search needs {error.name}: pip install -e ".[search]"') from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search, which says why
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
 
@@ -124,7 +128,7 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> "Study":
         raise InputError(f"search.storage={url} cannot be opened as the storage of a study ({reason})") from error
     started = study.user_attrs.get("settings")
     wanted = {"space": config.space, "overrides": sorted(base)}
-    if started is None:
+    if started is None and not study.trials and study.direction == optuna.study.StudyDirection.MAXIMIZE:
         study.set_user_attr("settings", wanted)
     elif started != json.loads(json.dumps(wanted)):
         raise InputError(
@@ -141,6 +145,11 @@ def suggest(trial: "Trial", key: str, domain: dict[str, Any]) -> Any:
     if isinstance(low, int) and isinstance(high, int) and isinstance(step, int | None):
         return trial.suggest_int(key, low, high, step=step or 1, log=log)
     return trial.suggest_float(key, low, high, step=step, log=log)
+
+
+def typed(values: dict[str, Any]) -> list[str]:
+    """Values of keys as they are typed on a command line."""
+    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
 
 
 def composed(arguments: list[str]) -> Config:
@@ -180,8 +189,7 @@ def show(study: "Study", base: list[str], run_dir: Path) -> None:
     importances = get_param_importances(study) if len(set(history.values())) > 1 else {}
     draw_search(history, importances).savefig(run_dir / "search.png")
     print_files([run_dir / "search.png"])
-    values = [f"{key}={value}" for key, value in study.best_params.items()]
-    print(shlex.join(["python", "-m", "vit_lightning.train", *base, *values]))
+    print(shlex.join(["python", "-m", "vit_lightning.train", *base, *typed(study.best_params)]))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -129,8 +130,7 @@ def cifar(name: str, root: Path) -> Source:
         order = {}
         for split, data in sets.items():
             files = kind.train_list if split == "train" else kind.test_list
-            # torchvision, which has just compared these files with their MD5, opens them in the same way.
-            batches = [pickle.loads((folder / file).read_bytes(), encoding="latin1") for file, _ in files]
+            batches = [_unpickle(folder / file, md5) for file, md5 in files]  # torchvision leaves out the names
             order[split] = np.lexsort((list(chain.from_iterable(b["filenames"] for b in batches)), data.targets))
         return Decoded(
             class_names=sets["train"].classes,
@@ -170,7 +170,10 @@ def digits() -> Source:
 
 def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source:
     """A tree ``root/{train,test}/<class>/*`` of PNG, JPEG and WebP files; class indices follow the sorted folders."""
-    files = {split: _class_files(root / split) for split in SPLITS}
+    try:
+        files = {split: _class_files(root / split) for split in SPLITS}
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); mend its permissions") from error
     class_names = sorted(files["train"])
     if len(class_names) < 2:
         raise InputError(f"{root / 'train'} holds {len(class_names)} class folder; a classifier needs two or more")
@@ -249,6 +252,14 @@ def _class_files(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
+def _unpickle(path: Path, md5: str) -> Any:
+    """The content of a pickle, if its bytes are those that the checksum is of: others could run code."""
+    content = path.read_bytes()
+    if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
+        raise InputError(f"{path} was changed while it was read; delete it and start again")
+    return pickle.loads(content, encoding="latin1")
+
+
 def _image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
@@ -264,7 +275,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 def _decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray]:
     """Decode files in order: large ones on all cores, small ones one by one, where threads only get in the way."""
-    sample = [path for path in paths[:: -(-len(paths) // 100)] if path.exists()]  # decoding names one that is not there
+    sample = [path for path in paths[:: -(-len(paths) // 100)] if os.access(path, os.R_OK)]  # decoding names others
     if sum(path.stat().st_size for path in sample) < LARGE_FILE * len(sample):
         yield from (decode_image(path, side) for path in paths)
         return
@@ -354,9 +365,9 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
 
 
 def _fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """A digest of the names, sizes and modification times of files below ``root``; one that is missing counts too."""
+    """A digest of the names, sizes and modification times of files below ``root``; unreadable ones count too."""
     digest = hashlib.sha256()
     for file in files:
-        stat = file.stat() if file.exists() else None
+        stat = file.stat() if os.access(file, os.R_OK) else None
         digest.update(f"{file.relative_to(root)} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()

@@ -4,10 +4,12 @@
 that a mistake in it is reported at once.
 """
 
+import contextlib
 import json
+import math
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
     from vit_lightning.classifier import ViTClassifier
     from vit_lightning.data import ImageData
+    from vit_lightning.runs import Run
 
 
 def train(
@@ -45,64 +48,89 @@ def train(
         InputError: if the data or the machine does not fit the configuration.
     """
     import lightning as L
-    import yaml
-    from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
-    from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget
-    from vit_lightning.checkpoint import load_classifier, start_from
+    from vit_lightning.checkpoint import start_from
     from vit_lightning.classifier import ViTClassifier
-    from vit_lightning.dashboard import Dashboard, hyper_parameters
     from vit_lightning.data import ImageData, follow_data
-    from vit_lightning.machine import (
-        check_accelerator,
-        compile_network,
-        quiet_lightning,
-        settle_precision,
-        spare_memory_work,
-    )
-    from vit_lightning.optim import ema_update
-    from vit_lightning.processes import agree_on, is_first, placement
+    from vit_lightning.machine import check_accelerator, quiet_lightning, settle_precision, spare_memory_work
+    from vit_lightning.processes import agree_on, is_first
     from vit_lightning.record import provenance
-    from vit_lightning.runs import find_run, hold
-    from vit_lightning.saving import Saver, SealedCheckpoints
+    from vit_lightning.runs import hold
 
     quiet_lightning()
     spare_memory_work()
 
     config = replace(config, trainer=settle_precision(config.trainer))
-    run = find_run(config, agree_on(run_dir))
+    with hold(config, agree_on(run_dir)) as run:
+        if run.result is not None:
+            if is_first():
+                print(f"{relative(run.folder)} holds this run, which came to its end: val/acc {run.result:.1%}")
+            return run.result
+        if run.checkpoint is not None and is_first():
+            print(f"{relative(run.folder)} holds this run, which was interrupted; it goes on")
+        check_accelerator(run.config.trainer)
+        record = provenance()
+        if settings is not None:
+            record["command"] = shlex.join(["python", "-m", "vit_lightning.train", *settings])
+        record["overrides"] = overrides() if settings is None else settings
+        L.seed_everything(run.config.seed, workers=True, verbose=False)
+        data = ImageData(run.config.data, run.config.augment, run.config.model.image_size, run.config.seed)
+        data.setup()
+        run.config = follow_data(run.config, data)
+        check_limits(run.config.trainer, data)
+        classifier = ViTClassifier(
+            model=asdict(run.config.model),
+            optim=asdict(run.config.optim),
+            class_names=data.class_names,
+            mean=data.mean.tolist(),
+            std=data.std.tolist(),
+            data=asdict(run.config.data),
+        )
+        if run.checkpoint is not None:
+            check_same_data(classifier, run.checkpoint)
+        elif run.config.checkpoint is not None:
+            start_from(classifier, run.config.checkpoint)
+        with in_one_line(run.folder):
+            return carry_out(run, data, classifier, record, report)
+
+
+def carry_out(
+    run: "Run",
+    data: "ImageData",
+    classifier: "ViTClassifier",
+    record: dict[str, Any],
+    report: Callable[[int, float], None] | None,
+) -> float:
+    """Train, test and write, in a directory that is this process's own.
+
+    Args:
+        run: as it stands.
+        data: set up.
+        classifier: new; what ``run`` goes on from is read into it.
+        record: where the run comes from.
+        report: as in :func:`train`.
+
+    Returns:
+        The best ``val/acc``.
+    """
+    import lightning as L
+    import yaml
+    from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget
+    from vit_lightning.checkpoint import load_classifier
+    from vit_lightning.dashboard import Dashboard, hyper_parameters
+    from vit_lightning.machine import compile_network
+    from vit_lightning.optim import ema_update
+    from vit_lightning.processes import is_first, placement
+    from vit_lightning.saving import Saver, SealedCheckpoints, write_whole
+
     config, run_dir = run.config, run.folder
-    if run.result is not None:
-        if is_first():
-            print(f"{relative(run_dir)} holds this run, which came to its end: val/acc {run.result:.1%}")
-        return run.result
-    if run.checkpoint is not None and is_first():
-        print(f"{relative(run_dir)} holds this run, which was interrupted; it goes on")
-    check_accelerator(config.trainer)
-    record = provenance()
-    if settings is not None:
-        record["command"] = shlex.join(["python", "-m", "vit_lightning.train", *settings])
-    L.seed_everything(config.seed, workers=True, verbose=False)
-    data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
-    data.setup()
-    config = follow_data(config, data)
-    check_limits(config.trainer, data)
-    classifier = ViTClassifier(
-        model=asdict(config.model),
-        optim=asdict(config.optim),
-        class_names=data.class_names,
-        mean=data.mean.tolist(),
-        std=data.std.tolist(),
-        data=asdict(config.data),
-    )
-    if config.checkpoint is not None and run.checkpoint is None:
-        start_from(classifier, config.checkpoint)
     patches = patches_of(data, config.model.patch_size)
-    lock = hold(run_dir) if is_first() else None
     if is_first():
         (run_dir / "summary.json").unlink(missing_ok=True)  # of a run that goes on beyond its end
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+        write_whole(run_dir / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False).encode())
         patches.savefig(run_dir / "patches.png")
 
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
@@ -121,9 +149,7 @@ def train(
     if bar:
         callbacks.append(RichProgressBar())
     # What was logged after the checkpoint that a run goes on from is hidden: those steps come again.
-    logger = TensorBoardLogger(
-        run_dir, name="", version="", default_hp_metric=False, purge_step=run.step if run.checkpoint else None
-    )
+    logger = TensorBoardLogger(run_dir, name="", version="", default_hp_metric=False, purge_step=run.step)
     logger.log_hyperparams(hyper_parameters(config))  # its hparams.yaml
     trainer = L.Trainer(
         **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config)},
@@ -135,43 +161,27 @@ def train(
         num_sanity_val_steps=0,
     )
     if is_first():
+        dashboard.text["step"] = describe_step(config, trainer.world_size)
         dashboard.text["network"] = show_start(config, data, classifier, trainer)
     if config.compile:
         compile_network(classifier.net, trainer.strategy.root_device)
 
-    try:
-        trainer.fit(classifier, data, ckpt_path=run.checkpoint, weights_only=True)
-        if not best.exists():
-            raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
-        # A network of its own: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
-        tested = load_classifier(str(best))
-        [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test else [{}]
-    except SystemExit as end:
-        if is_first():
-            print(f"interrupted; what there is so far lies in {relative(run_dir)}{go_on(run_dir)}", file=sys.stderr)
-        sys.exit(130 if end.code == 1 else end.code)  # 1 is Lightning's answer to Ctrl-C; others are a launcher's
-    except InputError as error:
-        raise InputError(f"{error}{go_on(run_dir)}") from error
-    except OSError as error:
-        reason = f"{error.filename or relative(run_dir)} cannot be written ({error.strerror or error})"
-        raise InputError(f"{reason}; make room, or mend it{go_on(run_dir)}") from error
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        [reason, *_] = str(error).splitlines()
-        raise InputError(f"{reason}; data.workers=0 needs none{go_on(run_dir)}") from error
-    finally:
-        if lock is not None:
-            lock.release()
-
+    trainer.fit(classifier, data, ckpt_path=run.checkpoint, weights_only=True)
+    if is_first():
+        recorder.draw()
+    if not best.exists():
+        raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
+    # A network of its own: Trainer.test(ckpt_path=…) would set the callbacks back to that epoch as well.
+    tested = load_classifier(str(best))
+    [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test else [{}]
     if not is_first():
         return recorder.best["val/acc"]
     best_row = recorder.best
     summary = {
         **record,
-        "overrides": overrides() if settings is None else settings,
         "device": str(trainer.strategy.root_device),
         "processes": trainer.world_size,
+        "step": describe_step(config, trainer.world_size),
         "seed": config.seed,
         "parameters": sum(p.numel() for p in classifier.net.parameters()),
         "images": recorder.images,  # that each split's metrics are counted over
@@ -185,12 +195,47 @@ def train(
         "metrics": {**{key: best_row[key] for key in METRICS if key in best_row}, **test},
         "config": asdict(config),
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     whole = load_classifier(str(best)).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
     dashboard.show_best(whole, trainer, summary)
     logger.save()
+    # The last of the files: where it is, the run came to its end.
+    write_whole(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     show_results(summary, run_dir, best)
     return summary["metrics"]["val/acc"]
+
+
+@contextlib.contextmanager
+def in_one_line(run_dir: Path) -> Iterator[None]:
+    """Let what ends a run early say so in one line, with how to go on.
+
+    Raises:
+        InputError: for what the user can mend.
+        MachineError: for what lies with the disk, or with the processes that read batches.
+    """
+    from vit_lightning.processes import is_first
+    from vit_lightning.saving import MachineError, unwritable
+
+    try:
+        yield
+    except SystemExit as end:
+        if is_first():
+            print(f"interrupted; what there is so far lies in {relative(run_dir)}{go_on(run_dir)}", file=sys.stderr)
+        ours = {1: 130, None: 143}  # Lightning's answers to Ctrl-C and SIGTERM; others are a launcher's
+        sys.exit(ours.get(end.code, end.code))  # type: ignore[arg-type]
+    except (InputError, OSError, RuntimeError) as error:
+        kind = type(error) if isinstance(error, InputError) else MachineError
+        lines = str(error).splitlines() or [""]
+        if lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:  # and then the traceback there
+            reason = f"a process that reads batches ended with {lines[-1]}"
+        elif isinstance(error, InputError):
+            reason = str(error)
+        elif isinstance(error, OSError):
+            reason = unwritable(error, run_dir)
+        elif "DataLoader worker" in lines[0]:
+            reason = f"{lines[0]}; data.workers=0 needs none"
+        else:
+            raise
+        raise kind(f"{reason}{go_on(run_dir)}") from error
 
 
 def go_on(run_dir: Path) -> str:
@@ -201,6 +246,42 @@ def go_on(run_dir: Path) -> str:
     if checkpoint is None:
         return ""
     return f"; resume={relative(run_dir)} goes on after step {step} ({checkpoint.name} is sound)"
+
+
+def describe_step(config: Config, processes: int) -> str:
+    """How many images a step takes, and what that means for learning rates."""
+    batch = config.data.batch_size
+    if processes == 1:
+        return f"one process, {batch} images a step"
+    return (
+        f"{processes} processes, {batch // processes} of the {batch} images of a step in each; "
+        "their gradients are averaged, so that learning rates stay as they are"
+    )
+
+
+def check_same_data(classifier: "ViTClassifier", checkpoint: Path) -> None:
+    """Refuse to go on with other classes, or images whose mean and standard deviation are not what they were.
+
+    Args:
+        classifier: that knows those of the data as it is.
+        checkpoint: that knows them as they were.
+
+    Raises:
+        InputError: if they differ.
+    """
+    from vit_lightning.saving import read_checkpoint
+
+    were = read_checkpoint(checkpoint)["hyper_parameters"]
+    same = {"class_names": were["class_names"] == classifier.hparams["class_names"]}
+    for name in ("mean", "std"):  # which the last bit may tell apart on another machine
+        pairs = list(zip(were[name], classifier.hparams[name], strict=False))
+        same[name] = all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs)
+    changed = [name for name in same if not same[name]]
+    if changed:
+        raise InputError(
+            f"the images are not those that this run began with: {' and '.join(changed)} differ from what "
+            f"{relative(checkpoint)} has; bring them back, or start the run anew in another directory"
+        )
 
 
 def check_limits(trainer: TrainerConfig, data: "ImageData") -> None:
@@ -260,11 +341,7 @@ def show_start(config: Config, data: "ImageData", classifier: "ViTClassifier", t
     name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
     print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {name}")
     if trainer.world_size > 1:
-        batch = config.data.batch_size
-        print(
-            f"{trainer.world_size} processes, {batch // trainer.world_size} of the {batch} images of a step in each; "
-            "their gradients are averaged, so that learning rates stay as they are"
-        )
+        print(describe_step(config, trainer.world_size))
 
     model = ModelSummary(classifier, max_depth=3)
     sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
