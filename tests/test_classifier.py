@@ -90,3 +90,12 @@ def test_the_schedule_spans_the_run():
     trainer.fit(module, loader(), loader())
     assert trainer.global_step == 6
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_first_part_of_a_run_sees_small_images(monkeypatch):
+    module, sizes = classifier(small_size=3, small_share=0.5), []
+    forward = module.net.forward
+    monkeypatch.setattr(module.net, "forward", lambda images: (sizes.append(images.shape[-1]), forward(images))[1])
+    L.Trainer(**TRAINER, max_epochs=2, num_sanity_val_steps=0).fit(module, loader(), loader())
+    training, validation = [3, 3, 3], [6, 6, 6]
+    assert sizes == [*training, *validation, 6, 6, 6, *validation]

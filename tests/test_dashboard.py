@@ -29,7 +29,7 @@ def test_a_run_leaves_pictures_and_text(digits_run):
         [image] = shown.Images(tag)
         assert image.width > 300
     texts = {tag.removesuffix("/text_summary") for tag in shown.Tags()["tensors"] if tag.endswith("/text_summary")}
-    assert texts == {"command", "config", "network"}
+    assert texts == {"command", "config", "network", "step"}
     [text] = shown.Tensors("command/text_summary")
     assert b"python -m vit_lightning.train experiment=quickstart" in text.tensor_proto.string_val[0]
 

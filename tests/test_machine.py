@@ -5,7 +5,7 @@ import torch
 from conftest import needs_compiler
 
 from vit_lightning.config import InputError, ModelConfig, TrainerConfig
-from vit_lightning.machine import check_accelerator, compile_network
+from vit_lightning.machine import check_accelerator, compile_network, settle_precision
 from vit_lightning.model import ViT
 
 
@@ -19,6 +19,15 @@ def test_a_precision_that_the_accelerator_lacks_is_refused():
     with pytest.raises(InputError, match=r"needs a GPU; on the CPU use trainer\.precision=bf16-mixed"):
         check_accelerator(TrainerConfig(accelerator="cpu", precision="16-mixed"))
     check_accelerator(TrainerConfig(accelerator="cpu", precision="bf16-mixed"))
+
+
+@pytest.mark.parametrize(
+    ("instruction", "precision"), [("avx512_bf16", "bf16-mixed"), ("amx_bf16", "bf16-mixed"), ("avx2", "32-true")]
+)
+def test_auto_is_mixed_precision_where_the_processor_has_instructions_for_it(instruction, precision, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
+    assert settle_precision(TrainerConfig(accelerator="cpu", precision="auto")).precision == precision
+    assert settle_precision(TrainerConfig(accelerator="cpu", precision="bf16-mixed")).precision == "bf16-mixed"
 
 
 @needs_compiler
