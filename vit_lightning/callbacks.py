@@ -246,7 +246,9 @@ class StopAtNaN(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs["loss"]
-        if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch) or loss.isfinite():
+        if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
+            return
+        if trainer.strategy.reduce_boolean_decision(bool(loss.isfinite()), all=True):  # in step with other processes
             return
         norm = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
         loader = trainer.train_dataloader
