@@ -150,6 +150,16 @@ def test_a_policy_treats_every_image_differently(policy):
     assert len({tuple(result.flatten().tolist()) for result in results}) > 20
 
 
+@pytest.mark.parametrize(("policy", "theirs"), [("trivial", v2.TrivialAugmentWide), ("rand", v2.RandAugment)])
+def test_a_policy_is_torchvisions_image_by_image(policy, theirs):
+    images = photos(6, 16)
+    torch.manual_seed(3)
+    results = train_transform(images, 16, MEAN, STD, AugmentConfig(policy=policy, rotation=0, flip=0))
+    torch.manual_seed(3)
+    expected = torch.stack([theirs()(image) for image in images])
+    torch.testing.assert_close(results, eval_transform(expected, 16, MEAN, STD), rtol=1e-5, atol=1e-5)
+
+
 def test_erasing_is_a_rectangle_of_torchvisions_sizes():
     images = torch.full((4000, 3, 20, 20), 200, dtype=torch.uint8)
     erased = train_transform(images, 20, MEAN, STD, AugmentConfig(rotation=0, flip=0, erase=0.25))
@@ -192,6 +202,25 @@ def test_cutmix_pastes_boxes_and_counts_what_is_pasted():
     torch.testing.assert_close(targets[torch.arange(403), labels.roll(1, 0)], share)
     torch.testing.assert_close(targets[torch.arange(403), labels], 1 - share)
     assert len(share.unique()) > 50
+
+
+def test_cutmix_boxes_have_the_papers_size():
+    """Sides √(1 - λ) of the image's, λ from Beta(α, α), which is uniform for α = 1; seen where no border cuts them."""
+    images, labels = torch.randn(4000, 1, 48, 48), torch.zeros(4000, dtype=torch.int64)
+    mixed, _ = mix(images, labels, 2, AugmentConfig(cutmix=1.0))
+    pasted = (mixed != images)[:, 0]
+    rows, columns = pasted.any(dim=2), pasted.any(dim=1)
+    whole = ~(rows[:, 0] | rows[:, -1] | columns[:, 0] | columns[:, -1])
+    high, wide = rows.sum(1)[whole], columns.sum(1)[whole]
+    assert (high - wide).abs().max() <= 1  # square, but for the pixels' grid
+    side = np.linspace(0, 48, 200_001)[1:]
+    density = np.clip(47 - side, 0, None) ** 2 * side  # of a side whose square is uniform, at places that hold it
+    cdf = np.cumsum(density) / density.sum()
+    measured = high.double().numpy() + np.random.default_rng(0).uniform(-0.5, 0.5, len(high))
+    measured = measured[high.numpy() >= 3]
+    low = np.interp(2.5, side, cdf)
+    assert len(measured) > 500
+    assert stats.kstest(measured, lambda x: (np.interp(x, side, cdf) - low) / (1 - low)).pvalue > 0.001
 
 
 def test_both_share_the_batch_and_some_images_stay_as_they_are():

@@ -5,6 +5,7 @@ from dataclasses import asdict
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import TRAINER
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch.utils.data import DataLoader, TensorDataset
@@ -90,6 +91,38 @@ def test_the_schedule_spans_the_run():
     trainer.fit(module, loader(), loader())
     assert trainer.global_step == 6
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_labels_are_smoothed_in_training_alone(mixed):
+    """Szegedy et al., 2016, section 7: a share of each label goes evenly to all classes."""
+    module = classifier(label_smoothing=0.3).eval()
+    module.trainer = L.Trainer(**TRAINER)
+    module.trainer.state.fn = "fit"
+    module.log_dict = module.log = lambda *args, **kwargs: None
+    images, labels = torch.randn(7, 1, 6, 6), torch.arange(7)
+    shares = F.one_hot(labels, 11).float()
+    if mixed:
+        shares = labels = torch.lerp(shares, shares.roll(1, 0), 0.25)
+    logits = module(images)
+    smooth = 0.7 * shares + 0.3 / 11
+    expected = -(smooth * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(module.training_step((images, labels), 0), expected)
+    if not mixed:
+        module.validation_step((images, labels), 0)
+        plain = -logits.log_softmax(1).gather(1, labels[:, None]).mean()
+        torch.testing.assert_close(module.metrics["val/loss"].compute(), plain)
+
+
+def test_gradients_of_both_optimizers_are_clipped_together(monkeypatch):
+    module, norms = classifier(name="muon", lr=0.01, schedule="constant", warmup=0.0), []
+
+    def keep(*_):  # after the step, whose gradients are still there
+        norms.append(torch.nn.utils.get_total_norm([p.grad for p in module.net.parameters()]).item())
+
+    monkeypatch.setattr(module, "on_train_batch_end", keep)
+    L.Trainer(**TRAINER, max_steps=3, gradient_clip_val=0.01).fit(module, loader(), loader())
+    assert norms == pytest.approx([0.01] * 3, rel=1e-3)
 
 
 def test_the_first_part_of_a_run_sees_small_images(monkeypatch):

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -44,6 +45,14 @@ def test_steps_are_those_of_plain_adamw():
             optimizer.step()
         nets.append(net)
     torch.testing.assert_close(nets[0].weight, nets[1].weight, rtol=1e-5, atol=1e-6)
+
+
+def test_in_mixed_precision_gradients_may_be_clipped():
+    net = nn.Linear(5, 3)
+    optimizer = build_optimizer(net, OptimConfig())
+    net(torch.ones(2, 5)).sum().backward()
+    MixedPrecision("bf16-mixed", "cpu").clip_gradients(optimizer, 0.01)  # 16-mixed is for GPUs; both ask the optimizer
+    assert torch.nn.utils.get_total_norm([p.grad for p in net.parameters()]).item() == pytest.approx(0.01, rel=1e-3)
 
 
 def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:

@@ -68,7 +68,8 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
     x.sub_(_per_channel(mean / std))
     if config.erase:
-        # Area and shape as in Zhong et al., 2020 (https://arxiv.org/abs/1708.04896, section 3), filled with the mean.
+        # Area and ratio in the range of Zhong et al., 2020 (https://arxiv.org/abs/1708.04896, section 3), filled with
+        # the mean. Tall and wide are alike here (log-uniform), and the border cuts a box off where they draw another.
         erased = torch.rand(len(images)) < config.erase
         area = torch.empty(len(images)).uniform_(0.02, 0.4) * erased
         ratio = torch.empty(len(images)).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()

@@ -12,7 +12,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
 
 from vit_lightning.config import InputError
 from vit_lightning.figures import draw_curves
@@ -190,6 +190,14 @@ class Report(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.report(trainer.current_epoch + 1, trainer.callback_metrics["val/acc"].item())
+
+
+class WeightAverage(WeightAveraging):
+    """Lightning's, with the average on the device that trains: its own would copy all weights to the CPU each step."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # where the network is not yet
+        super().setup(trainer, pl_module, stage)
 
 
 class StopAtTarget(Callback):

@@ -356,7 +356,7 @@ class ViT(nn.Module):
 
 
 def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
-    """Learned positions of a square of patches, for a square of another size (bicubic).
+    """Learned positions of a square of patches, for a square of another size (bicubic, antialiased).
 
     Args:
         positions: (1, first + n², D).
@@ -370,9 +370,10 @@ def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
     n = round(grid.shape[1] ** 0.5)
     if n == side:
         return positions
-    square = grid.transpose(1, 2).unflatten(2, (n, n))  # (1, D, n, n)
-    square = F.interpolate(square, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([before, square.flatten(2).transpose(1, 2)], dim=1)
+    # A product with what it makes of each patch alone: the gradient of bicubic resizing is not deterministic on GPUs.
+    single = torch.eye(n**2, device=grid.device).view(n**2, 1, n, n)
+    share = F.interpolate(single, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([before, share.view(n**2, side**2).T.to(grid.dtype) @ grid], dim=1)
 
 
 def _tokens(number: int, dim: int) -> nn.Parameter | None:

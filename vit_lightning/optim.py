@@ -21,7 +21,8 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
 
     Unless ``config.decay_all``, only the matrices of linear layers and convolutions decay: norms, biases, tokens and
     position embedding do not. With ``config.name=muon`` the matrices of the blocks and of a convolutional stem belong
-    to Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
+    to Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/). Unlike there, the first convolution is among
+    them, and queries, keys and values are one matrix.
     """
     matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear)}
     muon = {
@@ -37,6 +38,8 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
         if params
     ]
     adamw = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    # Fused, it would take on the unscaling of gradients in 16-mixed precision, and Lightning then refuses to clip them.
+    adamw._step_supports_amp_scaling = False
     if not muon:
         return adamw
     inner = [p for p in net.parameters() if id(p) in muon]

@@ -9,6 +9,7 @@ import json
 import math
 import shlex
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -115,10 +116,10 @@ def carry_out(
     """
     import lightning as L
     import yaml
-    from lightning.pytorch.callbacks import RichProgressBar, WeightAveraging
+    from lightning.pytorch.callbacks import RichProgressBar
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget
+    from vit_lightning.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
     from vit_lightning.checkpoint import load_classifier
     from vit_lightning.dashboard import Dashboard, hyper_parameters
     from vit_lightning.machine import compile_network
@@ -141,7 +142,7 @@ def carry_out(
     dashboard = Dashboard(config, data, {"command": record["command"]}, patches)
     callbacks: list[L.Callback] = [guard, recorder, dashboard, saver]
     if config.optim.ema:
-        callbacks.append(WeightAveraging(multi_avg_fn=ema_update(config.optim.ema)))
+        callbacks.append(WeightAverage(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
         callbacks.append(StopAtTarget(config.target_acc or 0.0, config.target_acc5 or 0.0))
     if report is not None:
@@ -196,8 +197,10 @@ def carry_out(
         "config": asdict(config),
     }
     whole = load_classifier(str(best)).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
+    start = time.perf_counter()
     dashboard.show_best(whole, trainer, summary)
     logger.save()
+    summary["pictures_seconds"] = time.perf_counter() - start
     # The last of the files: where it is, the run came to its end.
     write_whole(run_dir / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
     show_results(summary, run_dir, best)
