@@ -8,9 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import lightning as L
 import pytest
-from conftest import command
+import torch
+from conftest import TRAINER, command, composed
+from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter, summary
+
+from vit_lightning.checkpoint import load_classifier
+from vit_lightning.config import AugmentConfig
+from vit_lightning.dashboard import Dashboard, hyper_parameters
+from vit_lightning.data import ImageData
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 PICTURES = {"batch", "patches", "positions", "attention", "mistakes", "confusion", "per_class", "reliability"}
@@ -51,11 +61,45 @@ def test_curves_alone_if_asked(digits_run):
     assert not [tag for tag in tags["tensors"] if tag.endswith("/text_summary")]
 
 
+@pytest.mark.parametrize("picture", sorted(PICTURES))
+def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch):
+    """The pictures of a run that is over, drawn again with one of them switched off."""
+    config = composed("experiment=quickstart", f"dashboard.{picture}=false")
+    data = ImageData(config.data, config.augment, config.model.image_size)
+    data.setup()
+    classifier = load_classifier(str(digits_run)).train()
+    dashboard = Dashboard(config, data, {}, Figure())
+    trainer = L.Trainer(**{**TRAINER, "logger": TensorBoardLogger(tmp_path, name="", version="")})
+    shown = []
+    monkeypatch.setattr("vit_lightning.dashboard.show", lambda writer, name, figure, step: shown.append(name))
+    dashboard.on_fit_start(trainer, classifier)
+    dashboard.on_train_batch_start(trainer, classifier, next(iter(data.train_dataloader())), 0)
+    record = json.loads((digits_run / "summary.json").read_text())
+    dashboard.show_best(classifier.eval(), trainer, record)
+    assert set(shown) == PICTURES - {picture}
+
+
+def test_mixed_images_are_titled_with_their_shares(digits_config):
+    data = ImageData(digits_config, AugmentConfig(), 8)
+    data.setup()
+    dashboard = Dashboard(composed("data=digits"), data, {}, Figure())
+    assert dashboard._title(torch.tensor(7)) == "7"
+    mixed = torch.zeros(10)
+    mixed[3], mixed[8] = 0.25, 0.75
+    assert dashboard._title(mixed) == "8 75%\n3 25%"
+    assert dashboard._title(torch.eye(10)[4]) == "4 100%"
+
+
 @pytest.fixture(scope="module")
 def server(digits_run, tmp_path_factory):
-    """The address of a TensorBoard server on a directory with one run."""
+    """The address of a TensorBoard server on a directory with a run, and one of another learning rate, just begun."""
     outputs = tmp_path_factory.mktemp("outputs")
     shutil.copytree(digits_run, outputs / "digits")
+    config = composed("experiment=quickstart", "optim.lr=0.0625")
+    with SummaryWriter(outputs / "other") as writer:
+        _, start, _ = summary.hparams(hyper_parameters(config), {})
+        writer._get_file_writer().add_summary(start)
+        writer.add_scalar("best/acc", 0.0078125, 1)
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(outputs), "--port", "0", "--host", "127.0.0.1"],
         stderr=subprocess.PIPE,
@@ -111,9 +155,11 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
         page.screenshot(path=screenshots / "custom_scalars.png")
 
         show("hparams")
-        for column in ("best/acc", "best/acc5", "best/parameters", "best/seconds", "best/test_acc"):
+        for column in ("optim.lr", "best/acc", "best/acc5", "best/parameters", "best/seconds", "best/test_acc"):
             expect(page.locator("vaadin-grid").get_by_text(column, exact=True).first).to_be_attached()
         expect(page.get_by_text("hp_metric")).to_have_count(0)
+        for value in ("0.0625", "0.0030000", "0.0078125"):  # the rates of both runs, and what the other one came to
+            expect(page.locator("vaadin-grid").get_by_text(value).first).to_be_visible()
         best = json.loads((digits_run / "summary.json").read_text())["metrics"]["val/acc"]
         expect(page.get_by_text(f"{best:.4f}"[:5]).first).to_be_visible()
         page.screenshot(path=screenshots / "hparams.png")

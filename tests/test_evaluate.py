@@ -60,29 +60,35 @@ def test_another_split_and_test_time_augmentation(digits_run, tmp_path, monkeypa
 
 
 def test_a_folder_with_the_same_classes_will_do_whatever_their_number_and_size(tmp_path):
-    """What is counted follows the classes' names: a folder without the first class numbers the others anew."""
+    """What is counted follows the classes' names: a folder without the first class numbers the others anew.
+
+    All of its test images count, as the network's own do, though data=image_folder alone would mean the blog's split.
+    """
     for name, classes, side in (("own", ("ant", "bee", "cat"), 8), ("other", ("bee", "cat"), 12)):
         write_folder(tmp_path / name, dict.fromkeys(classes, (20, 10)), side)
         for path in (tmp_path / name).rglob("*.png"):
             colour = {"ant": (200, 30, 30), "bee": (30, 200, 30), "cat": (30, 30, 200)}[path.parent.name]
             Image.new("RGB", (side, side), colour).save(path)
-    for name in ("run", "evaluation"):
-        (tmp_path / name).mkdir()
-    common = [f"data.cache_dir={tmp_path / 'cache'}", "data.split=standard", "data=image_folder"]
+    (tmp_path / "run").mkdir()
+    common = [f"data.cache_dir={tmp_path / 'cache'}", "data=image_folder"]
     network = ["model=conv", "model.image_size=8", "model.embed_dim=16", "model.heads=2", "model.patch_size=2"]
-    limits = ["trainer.max_epochs=4", "data.batch_size=9", "optim.lr=0.01", "trainer.enable_progress_bar=false"]
+    limits = ["data.split=standard", "trainer.max_epochs=4", "data.batch_size=9", "optim.lr=0.01"]
     train(composed(*common, f"data.root={tmp_path / 'own'}", *network, *limits), tmp_path / "run")
-    other = [*common, f"data.root={tmp_path / 'other'}", f"checkpoint={tmp_path / 'run'}"]
-    assert evaluate(composed(*other, name="evaluate"), tmp_path / "evaluation") == 1.0
+    other = [*common, f"data.root={tmp_path / 'other'}", "checkpoint=run", "hydra.run.dir=evaluation"]
+    assert command("evaluate", *other, cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["acc"] == 1.0
     rows = csv.DictReader((tmp_path / "evaluation" / "per_class.csv").read_text().splitlines())
     assert [(row["class"], row["images"]) for row in rows] == [("bee", "10"), ("cat", "10")]
+    other[-1] = "hydra.run.dir=part"
+    assert command("evaluate", *other, "data.split=blog", cwd=tmp_path).returncode == 0
+    assert json.loads((tmp_path / "part" / "evaluation.json").read_text())["images"] == 6  # 30 % of the test images
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["checkpoint=nowhere"], "checkpoint=nowhere: no file nowhere; name a run's directory or a .ckpt"),
-        (["checkpoint=''"], "checkpoint= names no network; set it to a run's directory or a file, as in"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere: no file nowhere; name a run's directory, a .ckpt or pretrained"),
+        (["checkpoint=''"], "checkpoint= names no network; set it to pretrained, a run's directory or a file"),
         (["checkpoint=run", "split=all"], "split=all is not known; choose one of train, val, test"),
         (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean split?"),
         (["checkpoint=run", "data=image_folder", "data.root=other"], "has a class cat that the checkpoint lacks"),

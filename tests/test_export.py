@@ -1,6 +1,7 @@
 """Exported files, opened as someone else would."""
 
 import json
+from dataclasses import asdict, replace
 
 import numpy as np
 import onnxruntime
@@ -10,7 +11,8 @@ from conftest import command, composed
 
 from vit_lightning import graph
 from vit_lightning.checkpoint import load_classifier
-from vit_lightning.config import InputError
+from vit_lightning.classifier import ViTClassifier
+from vit_lightning.config import InputError, OptimConfig
 from vit_lightning.export import export
 
 
@@ -43,6 +45,25 @@ def test_torch_export_does_too(digits_run, tmp_path):
     classifier = load_classifier(str(digits_run))
     batch = torch.randint(0, 256, (3, 1, 9, 11), dtype=torch.uint8)
     torch.testing.assert_close(program.module()(batch), classifier(classifier.normalise(batch)), atol=1e-4, rtol=0)
+
+
+SHAPES = {  # of networks, small
+    "conv": ["model=conv", "model.stem_depth=1"],
+    "rotary": ["model=vit", "model.position=rotary", "model.registers=2", "model.pool=attention"],
+    "blog": ["model=blog"],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("write", [graph.write_onnx, graph.write_torch_export])
+def test_networks_of_every_kind_can_be_exported(tmp_path, shape, write):
+    small = ["model.image_size=16", "model.patch_size=4", "model.layers=2", "model.embed_dim=32", "model.heads=2"]
+    model = replace(composed(*SHAPES[shape], *small).model, channels=3, num_classes=7)
+    torch.manual_seed(0)
+    classifier = ViTClassifier(asdict(model), asdict(OptimConfig()), list("abcdefg"), [0.5] * 3, [0.25] * 3).eval()
+    run = write(graph.trace(classifier), {"class_names": "[]"}, tmp_path / "file")
+    batch = torch.randint(0, 256, (3, 3, 20, 13), dtype=torch.uint8)
+    torch.testing.assert_close(run(batch), classifier(classifier.normalise(batch)), atol=1e-4, rtol=0)
 
 
 def test_an_export_that_differs_is_not_written(digits_run, tmp_path, monkeypatch):

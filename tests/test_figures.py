@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_lightning.figures import draw_benchmark, draw_curves, draw_patches
+from vit_lightning.figures import draw_benchmark, draw_confusion, draw_curves, draw_patches
 
 
 def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:
@@ -56,6 +56,14 @@ def test_the_benchmark_shows_ours_and_the_others(tmp_path):
     draw_benchmark(report).savefig(tmp_path / "benchmark.png")
     assert has_colour(tmp_path / "benchmark.png", BLUE)
     assert has_colour(tmp_path / "benchmark.png", VERMILION)
+
+
+@pytest.mark.parametrize(("classes", "named"), [(20, 20), (100, 100), (1000, 0)])
+def test_a_confusion_matrix_stays_a_picture_however_many_classes(classes, named):
+    figure = draw_confusion(np.eye(classes), [f"class {index}" for index in range(classes)])
+    assert max(figure.get_size_inches()) <= 34
+    labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert sum(label.startswith("class") for label in labels) == named
 
 
 @pytest.mark.parametrize("channels", [1, 3])

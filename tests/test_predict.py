@@ -26,7 +26,8 @@ def pictures(digits_run, tmp_path, monkeypatch):
     (folder / "more").mkdir(parents=True)
     gray.save(folder / "gray.png")
     gray.convert("RGB").save(folder / "rgb.webp", lossless=True)
-    gray.convert("P").save(folder / "palette.GIF")
+    black = Image.new("P", gray.size)
+    gray.convert("P").save(folder / "palette.GIF", save_all=True, append_images=[black])  # of which the first counts
     gray.convert("RGBA").save(folder / "more" / "alpha.png")
     Image.fromarray(np.asarray(gray).astype(np.uint16) * 257).save(folder / "16-bit.png")
     gray.resize((32, 32), Image.Resampling.NEAREST).save(folder / "large.png")
@@ -72,6 +73,17 @@ def test_an_unreadable_file_is_named_and_the_others_are_still_predicted(pictures
     assert errors[-1] == "error: 2 of 3 files were not read, as said above"
     [row] = json.loads((digits_run.parent / "two" / "predictions.json").read_text())
     assert row["file"].endswith("gray.png")
+
+
+def test_attention_of_many_pictures_says_that_it_shows_the_first(pictures, tmp_path, capsys):
+    folder, _ = pictures
+    for number in range(25):
+        (folder / "more" / f"${number:02} with a name that is far too long.png").write_bytes(
+            (folder / "gray.png").read_bytes()
+        )
+    predict(composed("checkpoint=run", f"images={folder / 'more'}", "attention=true", name="predict"), tmp_path)
+    assert "attention.png shows the first 24 of 26 images" in capsys.readouterr().out
+    Image.open(tmp_path / "attention.png").verify()
 
 
 def test_a_glob_and_a_number_of_classes(pictures, tmp_path):

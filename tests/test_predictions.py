@@ -89,6 +89,28 @@ def test_tables_hold_every_class_and_image(tmp_path):
     assert float(rows[7]["probability_5"]) == pytest.approx(probabilities[7].sort().values[-5].item(), abs=1e-6)
 
 
+def test_cifar100s_classes_are_drawn_by_superclass(folder_config):
+    data = ImageData(folder_config, AugmentConfig(), 8)
+    data.setup()
+    names = sorted(name for group in SUPERCLASSES.values() for name in group)
+    labels = torch.arange(100)
+    guess = labels.clone()
+    guess[names.index("bee")] = names.index("bus")
+    figures = draw(torch.nn.functional.one_hot(guess, 100).float(), labels, data, "train", names)
+    by_class, by_superclass = (figures[name].axes[0] for name in ("confusion", "confusion_superclasses"))
+    order = [name for group in SUPERCLASSES.values() for name in group]
+    assert [label.get_text() for label in by_class.get_yticklabels()] == order
+    cells = np.eye(100)
+    cells[order.index("bee"), [order.index("bee"), order.index("bus")]] = 0, 1  # rows are labels
+    np.testing.assert_array_equal(by_class.images[0].get_array(), cells)
+    superclasses = list(SUPERCLASSES)
+    assert [label.get_text() for label in by_superclass.get_xticklabels()] == superclasses
+    cells = np.eye(20)
+    insects, vehicles = superclasses.index("insects"), superclasses.index("vehicles 1")
+    cells[insects, [insects, vehicles]] = 0.8, 0.2
+    np.testing.assert_allclose(by_superclass.images[0].get_array(), cells, rtol=1e-6)
+
+
 def test_mistakes_are_drawn_only_where_there_are_some(folder_config):
     data = ImageData(folder_config, AugmentConfig(), 8)
     data.setup()

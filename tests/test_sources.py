@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pickle
+import struct
 import tarfile
 import threading
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SERVER, write_folder
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
@@ -113,6 +114,23 @@ def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     else:
         (cache / "meta.json").write_text('{"fingerprint":')
     assert torch.equal(load_arrays(folder_config, 8).images["train"], expected)
+
+
+@pytest.mark.parametrize("orientation", range(10))
+def test_a_picture_is_turned_as_its_tag_says(tmp_path, orientation):
+    """As by Pillow's exif_transpose, which fails where another tag is not what it should be."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(tmp_path / "plain.png", exif=exif)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "plain.png"))).transpose(2, 0, 1)
+    assert np.array_equal(decode_image(tmp_path / "plain.png", 9), expected)
+    text, short = (0x011A, 2, 3, b"72\0\0"), (0x0112, 3, 1, struct.pack("<HH", orientation, 0))  # a resolution in words
+    tags = b"".join(struct.pack("<HHI4s", *tag) for tag in (short, text))
+    Image.fromarray(pixels).save(
+        tmp_path / "odd.png", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags + bytes(4)
+    )
+    assert np.array_equal(decode_image(tmp_path / "odd.png", 9), expected)
 
 
 def test_two_first_starts_at_once_decode_once(folder_config, monkeypatch):

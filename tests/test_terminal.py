@@ -16,6 +16,11 @@ def test_in_a_file_a_row_is_a_line(capsys, monkeypatch):
     assert len({len(line) for line in lines[1:]}) == 1  # numbers end in one column
 
 
+def test_a_name_is_no_markup(capsys):
+    print_table("title", ("name",), [("[bold] :cat: [/x].png",)])
+    assert "[bold] :cat: [/x].png" in capsys.readouterr().out
+
+
 def test_on_a_terminal_it_has_rules_and_fits(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "60")

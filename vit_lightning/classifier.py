@@ -92,12 +92,15 @@ class ViTClassifier(L.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
         images, labels = batch
-        config = self.hparams["optim"]
-        if config["small_size"] is not None and self.progress() < config["small_share"]:
-            images = resize(images, config["small_size"])
-        loss, _ = self._step((images, labels), "train")
+        loss, _ = self._step((self.sized(images), labels), "train")
         self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
+
+    def sized(self, images: Tensor) -> Tensor:
+        """Training images (B, C, S, S), at ``optim.small_size`` in the part of a run that has small ones."""
+        config = self.hparams["optim"]
+        small = config["small_size"] is not None and self.progress() < config["small_share"]
+        return resize(images, config["small_size"]) if small else images
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Count a batch into ``val/…``; its logits."""

@@ -71,7 +71,9 @@ class Dashboard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if trainer.global_step == 0 and self.config.dashboard.batch and trainer.is_global_zero:
-            images, labels = (part[:IMAGES].cpu() for part in batch)
+            assert isinstance(pl_module, ViTClassifier)
+            images, labels = (part[:IMAGES] for part in batch)
+            images, labels = pl_module.sized(images).cpu(), labels.cpu()
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
             show(writer_of(trainer), "batch", draw_images(pictures, [self._title(label) for label in labels]), 0)
 
@@ -157,7 +159,7 @@ class Dashboard(Callback):
 def hyper_parameters(config: Config) -> dict[str, Any]:
     """What runs are compared by, for TensorBoard's HParams tab: keys as they are typed, and values."""
     groups = ("model", "data", "augment", "optim", "trainer")
-    flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed")})
+    flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
     plain = {key: str(value) if isinstance(value, list) else value for key, value in flat.items()}
     return {key: value for key, value in plain.items() if value is not None}
 

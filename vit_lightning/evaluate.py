@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import run_command
+from vit_lightning.cli import overrides, run_command
 from vit_lightning.config import AugmentConfig, DataConfig, EvaluateConfig, InputError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path) -> float:
     from vit_lightning.terminal import print_files
 
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
-    chosen = config.data or trained_on(classifier, config.checkpoint)
+    chosen = chosen_data(config, classifier)
     # No batch of training images is drawn, so that their number does not matter.
     data = ImageData(replace(chosen, batch_size=1), AugmentConfig(), classifier.net.image_size)
     data.setup()
@@ -55,16 +55,24 @@ def evaluate(config: EvaluateConfig, run_dir: Path) -> float:
     return report["acc"]
 
 
-def trained_on(classifier: "ViTClassifier", checkpoint: str) -> DataConfig:
-    """The configuration of the images that a classifier was trained on.
+def chosen_data(config: EvaluateConfig, classifier: "ViTClassifier") -> DataConfig:
+    """The images to evaluate on: those that the classifier was trained on, or others, split as those unless typed.
 
     Raises:
-        InputError: if it does not know.
+        InputError: if none are chosen, and the classifier does not know its own.
     """
-    fields = classifier.hparams["data"]
-    if fields is None:
-        raise InputError(f"checkpoint={checkpoint} does not say what it was trained on; set data, as in data=cifar100")
-    return DataConfig(**fields)
+    own: dict[str, Any] | None = classifier.hparams["data"]
+    if config.data is None:
+        if own is None:
+            raise InputError(
+                f"checkpoint={config.checkpoint} does not say what it was trained on; set data, as in data=cifar100"
+            )
+        return DataConfig(**own)
+    typed = {item.partition("=")[0] for item in overrides()}
+    if own is None or not typed:  # in Python, config.data is as its maker wants it
+        return config.data
+    split = {key: own[key] for key in ("split", "val_fraction", "split_seed") if f"data.{key}" not in typed}
+    return replace(config.data, **split)
 
 
 def show(report: dict[str, Any]) -> None:

@@ -75,8 +75,8 @@ def on_patches(model: ViT, attention: Tensor) -> Tensor:
         attention: (…, N, N), from tokens to tokens.
 
     Returns:
-        (…, n, n), n patches along a side of the image: of the class token, or of the patches' mean where that is read;
-        without the share that goes to other tokens.
+        (…, n, n), n patches along a side of the image: of the class token, or of the patches' mean where that is read
+        (the plain one, where the head reads a learned one); without the share that goes to other tokens.
     """
     side = model.side
     first = int(model.pool == "cls")

@@ -166,14 +166,14 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str]) -> Figure:
     """
     classes = len(class_names)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    size = max(4.5, 0.16 * classes) if classes > 25 else max(4.5, 0.48 * classes)
+    size = max(4.5, min(0.16 * classes, 32)) if classes > 25 else max(4.5, 0.48 * classes)
     figure = Figure(figsize=(size + 2, size + 1), dpi=100, layout="constrained")
     axes = figure.subplots()
     picture = axes.imshow(shares, cmap="cividis", norm=PowerNorm(0.4, 0, 1))  # so that a few per cent can be seen
-    ticks = range(classes)
-    font = 7 if classes > 25 else 10
-    axes.set_xticks(ticks, class_names, rotation=90, fontsize=font)
-    axes.set_yticks(ticks, class_names, fontsize=font)
+    if classes <= 200:  # more names would lie one over the other
+        font = 7 if classes > 25 else 10
+        axes.set_xticks(range(classes), class_names, rotation=90, fontsize=font)
+        axes.set_yticks(range(classes), class_names, fontsize=font)
     axes.set(xlabel="prediction", ylabel="label")
     if classes <= 25:
         for row, column in np.argwhere(shares >= 0.005):
@@ -271,7 +271,8 @@ def draw_attention(images: np.ndarray, maps: np.ndarray, map_names: Sequence[str
         axes.text(column + 0.5, -0.04, name, ha="center", va="bottom", fontsize=9)
     for row, (image, of_image, title) in enumerate(zip(images, maps, titles, strict=True)):
         rotation = 90 if len(title) > 2 else 0  # a 6 on its side could be a 9
-        axes.text(-0.03, row + 0.5, title, ha="right", va="center", fontsize=9, rotation=rotation)
+        place = dict(ha="right", va="center", ma="center", fontsize=9, rotation=rotation)
+        axes.text(-0.03, row + 0.5, title, parse_math=False, **place)  # a $ in a file's name is one
         _put(axes, image, 0, row)
         for column, map_ in enumerate(of_image, start=1):
             _put(axes, image, column, row)

@@ -82,6 +82,7 @@ def photographs(channels: int) -> Tensor:
     return torch.from_numpy(np.concatenate(pieces))
 
 
+@torch.inference_mode()
 def measure_speed(run: Run, images: Tensor, seconds: float) -> float:
     """The median time of a call, in seconds, over calls that take ``seconds`` together, three at least."""
     times: list[float] = []

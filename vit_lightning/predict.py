@@ -36,14 +36,15 @@ def predict(config: PredictConfig, run_dir: Path) -> float:
     from vit_lightning.checkpoint import load_classifier
     from vit_lightning.machine import evaluation_device
     from vit_lightning.sources import decode_image
-    from vit_lightning.terminal import print_files
+    from vit_lightning.terminal import print_files, with_bar
 
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
     paths, unreadable = find_images(config.images)
     size, channels = classifier.net.image_size, classifier.net.channels
     rows: list[dict[str, Any]] = []
     seen: list[torch.Tensor] = []  # the images that are drawn
-    for start in range(0, len(paths), BATCH):
+    starts = range(0, len(paths), BATCH)
+    for start in with_bar(starts, "Predicting", len(starts)):
         files, arrays = [], []
         for path in paths[start : start + BATCH]:
             try:
@@ -66,6 +67,8 @@ def predict(config: PredictConfig, run_dir: Path) -> float:
     if config.attention:
         draw(classifier, torch.stack(seen), rows, run_dir / "attention.png")
         written.append("attention.png")
+        if len(rows) > len(seen):
+            print(f"attention.png shows the first {len(seen)} of {len(rows)} images")
     show(rows)
     print_files(run_dir / name for name in written)
     if unreadable:
@@ -123,9 +126,14 @@ def draw(classifier: "ViTClassifier", images: "torch.Tensor", rows: list[dict[st
     last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
     overlays = torch.stack([on_patches(classifier.net, rollout), last], dim=1).cpu().numpy()
     best = [row["predictions"][0] for row in rows[: len(images)]]
-    titles = [f"{guess['class']} {guess['probability']:.0%}" for guess in best]
+    files = [_shorten(Path(row["file"]).name) for row in rows[: len(images)]]
+    titles = [f"{file}\n{guess['class']} {guess['probability']:.0%}" for file, guess in zip(files, best, strict=True)]
     pictures = images.permute(0, 2, 3, 1).numpy() / 255
     draw_attention(pictures, overlays, ["rollout", "last block"], titles).savefig(path)
+
+
+def _shorten(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -16,6 +16,7 @@ from vit_lightning.config import InputError
 from vit_lightning.data import ImageData
 from vit_lightning.figures import draw_confusion, draw_images, draw_per_class, draw_reliability
 from vit_lightning.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.terminal import with_bar
 
 WORST = 10  # classes and pairs that are listed
 MISTAKES = 24  # that are drawn
@@ -52,7 +53,8 @@ def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: b
         )
     index = torch.tensor([names.index(name) for name in data.class_names])
     probabilities, labels = [], []
-    for images, numbers in data.eval_dataloader(split):
+    loader = data.eval_dataloader(split)
+    for images, numbers in with_bar(loader, f"Predicting {split} images", len(loader)):
         probabilities.append(classifier.classify(images, tta).cpu())
         labels.append(index[numbers.cpu()])
     return torch.cat(probabilities), torch.cat(labels)

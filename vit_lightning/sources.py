@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -12,20 +13,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from vit_lightning.config import DataConfig, InputError
+from vit_lightning.terminal import with_bar
 
-T = TypeVar("T")
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {  # what undoes each of its values but 1
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+UNREADABLE = (
+    *(OSError, SyntaxError, ValueError, struct.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # 90 million pixels, or too large to read
 
@@ -190,7 +202,7 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
         side = stored_size
         if side is None:
             every = [*paths["train"], *paths["test"]]
-            sizes = set(_with_bar(map(_image_size, every), "Reading image sizes", len(every)))
+            sizes = set(with_bar(map(_image_size, every), "Reading image sizes", len(every)))
             width, height = next(iter(sizes))
             side = width if len(sizes) == 1 and width == height <= MAX_OWN_SIZE else None
         keep = side or image_size
@@ -199,7 +211,7 @@ def image_folder(root: Path, stored_size: int | None, image_size: int) -> Source
             shape=(3, keep, keep),
             labels=labels,
             images={
-                split: _with_bar(_decode_all(paths[split], keep), f"Decoding {split} images", len(paths[split]))
+                split: with_bar(_decode_all(paths[split], keep), f"Decoding {split} images", len(paths[split]))
                 for split in SPLITS
             },
             fits_any_size=side is not None,
@@ -219,7 +231,10 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
     """
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
+            file.load()  # tags may come last
+            # Pillow's exif_transpose would write all tags anew, and fails on odd ones.
+            turn = UPRIGHT.get(file.getexif().get(ORIENTATION))
+            image = file if turn is None else file.transpose(turn)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             if image.has_transparency_data:
@@ -282,12 +297,6 @@ def _decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray]:
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(paths), 1024):  # by parts, so that results do not pile up
             yield from pool.map(lambda path: decode_image(path, side), paths[start : start + 1024])
-
-
-def _with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-    """The items, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 # --- the cache -------------------------------------------------------------------------------------------------------

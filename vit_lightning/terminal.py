@@ -3,6 +3,9 @@
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
@@ -19,7 +22,8 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
     from rich.table import Table
 
     terminal = sys.stdout.isatty()
-    console = Console(force_terminal=terminal, width=None if terminal else 10_000)  # no window: a row a line
+    width = None if terminal else 10_000  # no window: a row a line
+    console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)  # [x] in a name is no style
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for number, name in enumerate(header):
         if number < left:
@@ -33,6 +37,15 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
             table.add_section()
     print(title)
     console.print(table)
+
+
+def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
+    """The items, with a progress bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 
 
 def print_files(files: Iterable[Path]) -> None:
