@@ -10,12 +10,17 @@ import torch
 import torch.nn.functional as F
 from conftest import TRAINER, composed, write_folder
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vit_lightning.checkpoint import load_classifier, publish, resize_positions, start_from
+from vit_lightning.checkpoint import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError, ModelConfig, OptimConfig
+from vit_lightning.model import resize_positions
+from vit_lightning.superclasses import SUPERCLASSES
 from vit_lightning.train import train
+
+CLASSES = sorted(name for names in SUPERCLASSES.values() for name in names)
 
 MODEL = ModelConfig(
     image_size=8, patch_size=2, patch_embed="conv", channels=3, num_classes=4, embed_dim=8, layers=2, mlp_head_units=[]
@@ -26,7 +31,8 @@ def classifier(seed: int = 0, classes: str = "abcd", **model) -> ViTClassifier:
     torch.manual_seed(seed)
     config = replace(MODEL, **{"num_classes": len(classes), **model})
     module = ViTClassifier(asdict(config), asdict(OptimConfig()), list(classes), [0.5] * 3, [0.25] * 3)
-    module.net.train()(torch.randn(8, 3, config.image_size, config.image_size))  # moves the batch norm's statistics
+    images = torch.randn(8, config.channels, config.image_size, config.image_size)
+    module.net.train()(images)  # moves the batch norm's statistics
     return module.eval()
 
 
@@ -57,14 +63,37 @@ def test_a_run_its_checkpoint_and_its_published_weights_are_one_classifier(run, 
 
 
 def test_a_published_file_tells_what_it_is(tmp_path):
-    from safetensors import safe_open
-
     publish(classifier(), {"seed": 3, "metrics": {"val/acc": 0.5}}, "as you like", tmp_path / "weights.safetensors")
     with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
         metadata = file.metadata()
     assert json.loads(metadata["record"])["metrics"] == {"val/acc": 0.5}
     assert metadata["licence"] == "as you like"
     assert json.loads(metadata["hparams"])["model"]["layers"] == 2
+
+
+def test_the_network_that_comes_along_is_what_it_says():
+    assert PRETRAINED.stat().st_size <= 10e6
+    trained = load_classifier("pretrained")
+    assert trained.hparams["class_names"] == CLASSES
+    with safe_open(PRETRAINED, framework="pt") as file:
+        metadata = file.metadata()
+    record = json.loads(metadata["record"])
+    assert record["parameters"] <= 4_000_000
+    assert record["samples_seen"] <= 5_000_000
+    assert record["images"] == {"train": 45000, "val": 5000, "test": 10000}
+    assert record["metrics"]["val/acc"] > 0.7
+    assert metadata["licence"]
+
+
+def test_the_network_that_comes_along_knows_a_flower():
+    """A photograph that is not of CIFAR-100."""
+    from sklearn.datasets import load_sample_image
+
+    trained = load_classifier("pretrained")
+    photograph = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None, :, :, 106:533]
+    probabilities = trained.classify(photograph)[0]
+    flowers = [CLASSES.index(name) for name in ("orchid", "poppy", "rose", "sunflower", "tulip")]
+    assert probabilities[flowers].sum() > 0.5
 
 
 def damaged(path: Path) -> Path:
@@ -130,6 +159,26 @@ def test_a_larger_image_starts_from_a_smaller_ones_network(run):
     assert torch.equal(larger.net.pos_embed, resize_positions(classifier().net.pos_embed, 6, first=1))
 
 
+@pytest.mark.parametrize("patch_embed", ["conv", "unfold"])
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
+def test_colour_goes_on_with_gray_and_gray_with_colour(tmp_path, patch_embed, before, after):
+    """A gray image is a colour image of three channels that are alike, and has the same logits as such."""
+    trained = classifier(patch_embed=patch_embed, channels=before)
+    publish(trained, {}, "", tmp_path / "trained.safetensors")
+    other = classifier(seed=1, patch_embed=patch_embed, channels=after)
+    start_from(other, str(tmp_path / "trained.safetensors"))
+    gray = torch.randn(5, 1, 8, 8)
+    logits = trained(gray.expand(-1, before, -1, -1))
+    torch.testing.assert_close(other(gray.expand(-1, after, -1, -1)), logits, rtol=1e-2, atol=1e-2)
+
+
+def test_as_many_channels_are_the_same_weights():
+    weight = torch.randn(4, 27)
+    assert convert_channels(weight, 3, 3) is weight
+    with pytest.raises(RuntimeError):
+        convert_channels(torch.randn(4, 26), 3, 1)
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [
@@ -141,6 +190,11 @@ def test_a_larger_image_starts_from_a_smaller_ones_network(run):
 def test_another_shape_is_refused_by_its_key(run, model, message):
     with pytest.raises(InputError, match=message):
         start_from(classifier(**model), str(run))
+
+
+def test_the_fine_tuning_preset_fits_the_network_that_comes_along():
+    ours, trained = composed("experiment=finetune").model, load_classifier("pretrained").hparams["model"]
+    assert {key: getattr(ours, key) for key in SHAPE} == {key: trained[key] for key in SHAPE}
 
 
 def test_fine_tuning_goes_on_from_what_was_learned(tmp_path):

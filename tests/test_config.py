@@ -102,7 +102,7 @@ def test_an_experiments_choice_can_be_overridden():
         (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
         (["seed=null"], "seed=null: field 'seed' is not Optional"),
         (["model=vitt"], "model=vitt is not known; choose one of blog, conv, conv_large, vit"),
-        (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, best, blog, fast, good"),
+        (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, best, blog, fast, finetune"),
         (["model=null"], "model=null names no option; choose one of blog, conv, conv_large, vit"),
         (["data.root=~/x"], "data.root=~/x is not a setting that can be read; quote the value: data.root='\"~/x\"'"),
         (["model.layers=${foo}"], "model.layers: Interpolation key 'foo' not found"),

@@ -6,15 +6,18 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
+from torch import Tensor
 
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
 from vit_lightning.model import resize_positions
 from vit_lightning.saving import read_checkpoint
 
-# What two networks must share for the weights of one to fit the other; positions and head are made to fit.
+PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
+
+# What two networks must share for the weights of one to fit the other; channels, positions and head are made to fit.
 SHAPE = (
-    *("block", "patch_embed", "patch_size", "stem_depth", "position", "pool", "registers", "channels"),
+    *("block", "patch_embed", "patch_size", "stem_depth", "position", "pool", "registers"),
     *("embed_dim", "layers", "heads", "mlp_dim", "layer_scale"),
 )
 
@@ -23,17 +26,17 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
     """Open a trained classifier, in evaluation mode, on the CPU.
 
     Args:
-        checkpoint: the directory of a run (its best checkpoint), or a file: a ``.ckpt`` that a run left or a
-            ``.safetensors`` of :func:`publish`.
+        checkpoint: ``pretrained`` (the network in this package), the directory of a run (its best checkpoint), or a
+            file: a ``.ckpt`` that a run left or a ``.safetensors`` of :func:`publish`.
 
     Raises:
         InputError: if there is no such file, or it holds no classifier of this project.
     """
-    path = Path(checkpoint).expanduser()
+    path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     if not path.exists():
-        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory or a .ckpt")
+        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory, a .ckpt or pretrained")
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
@@ -74,7 +77,7 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
     """Give a classifier the weights of a trained one, and its head too where their classes are the same.
 
     Learned positions are resized to the network's tokens, as in Dosovitskiy et al., 2021
-    (https://arxiv.org/abs/2010.11929, section 3.2).
+    (https://arxiv.org/abs/2010.11929, section 3.2), and a network of colour images takes gray ones, or the reverse.
 
     Args:
         classifier: the one to fill.
@@ -89,9 +92,11 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         if theirs[key] != ours[key]:
             raise InputError(
                 f"checkpoint={checkpoint} has model.{key}={theirs[key]}, this run {ours[key]}; "
-                + (f"set model.{key}={theirs[key]}" if key != "channels" else "choose images with as many")
+                f"set model.{key}={theirs[key]}"
             )
     state = trained.net.state_dict()
+    first = "patch_embed.0.0.weight" if ours["patch_embed"] == "conv" else "patch_embed.weight"
+    state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
         side = ours["image_size"] // ours["patch_size"]
         state["pos_embed"] = resize_positions(state["pos_embed"], side, first=int(ours["pool"] == "cls"))
@@ -100,3 +105,22 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         new = classifier.net.state_dict()
         state = {name: (new if name.startswith("head.") else state)[name] for name in new}
     classifier.net.load_state_dict(state)
+
+
+def convert_channels(weight: Tensor, before: int, after: int) -> Tensor:
+    """The first layer's weights, for images of another number of channels.
+
+    An image whose channels are all alike, which is what gray means in colour, gives what it gave before.
+
+    Args:
+        weight: (out, before · k), channel-major.
+        before: channels of the images so far.
+        after: channels of the images to come.
+
+    Returns:
+        (out, after · k).
+    """
+    if before == after:
+        return weight
+    total = weight.unflatten(1, (before, -1)).sum(dim=1, keepdim=True)  # (out, 1, k)
+    return (total / after).expand(-1, after, -1).flatten(1)

@@ -48,7 +48,7 @@ def _one_of(*choices: str, **values: str) -> None:
 def _named(checkpoint: str) -> None:
     if not checkpoint:
         raise InputError(
-            "checkpoint= names no network; set it to a run's directory or a file, as in checkpoint=outputs/…"
+            "checkpoint= names no network; set it to pretrained, a run's directory or a file, or leave it out"
         )
 
 
@@ -410,8 +410,8 @@ class Config:
         target_acc: training stops when ``val/acc`` has reached this and ``val/acc5`` reached ``target_acc5``, both in
             [0, 1]; ``None`` for no target.
         target_acc5: likewise.
-        checkpoint: a trained network to start from: the directory of a run, or a file. ``model.…`` must name its
-            shape; positions are resized to ``model.image_size``, and for other classes the head is new.
+        checkpoint: a trained network to start from: ``pretrained``, the directory of a run, or a file. ``model.…`` must
+            name its shape; positions are resized to ``model.image_size``, and for other classes the head is new.
         test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
             compared with each other, so that the test images choose nothing.
         resume: directory of a run, to go on with it where it was interrupted, with its own configuration, or beyond its
@@ -569,7 +569,7 @@ class EvaluateConfig:
     """What ``vit_lightning.evaluate`` counts.
 
     Attributes:
-        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         data: the images; ``None`` for those that the network was trained on.
         split: ``train``, ``val`` or ``test``.
         tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
@@ -577,7 +577,7 @@ class EvaluateConfig:
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = ""
+    checkpoint: str = "pretrained"
     data: DataConfig | None = None
     split: str = "test"
     tta: bool = False
@@ -595,16 +595,16 @@ class PredictConfig:
     """What ``vit_lightning.predict`` names the content of.
 
     Attributes:
-        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         images: files, directories (all pictures below them) or globs: one, or a list of them.
         top: classes that are given for each image, the likeliest first.
-        attention: whether a picture shows where the network looked in each image.
+        attention: whether a picture shows where the network looked in each of the first 24 images.
         tta: whether the probabilities of an image and its mirror image are averaged (test-time augmentation).
         accelerator: ``auto``, ``cpu``, ``gpu`` or ``mps``.
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = ""
+    checkpoint: str = "pretrained"
     images: Any = field(default_factory=list)  # OmegaConf knows no "str or list of str"
     top: int = 5
     attention: bool = False
@@ -626,7 +626,7 @@ class ExportConfig:
     """What ``vit_lightning.export`` writes.
 
     Attributes:
-        checkpoint: the directory of a run (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
+        checkpoint: ``pretrained``, a run's directory (its best checkpoint), or a ``.ckpt`` or ``.safetensors`` file.
         format: ``onnx`` or ``torch_export``, or ``safetensors`` for the weights alone, at half precision.
         data: with ``safetensors``, what the network was trained on, where its run read the same images elsewhere.
         licence: with ``safetensors``, a note on what the weights may be used for.
@@ -634,7 +634,7 @@ class ExportConfig:
         debug: whether a mistake shows where in the code it was noticed.
     """
 
-    checkpoint: str = ""
+    checkpoint: str = "pretrained"
     format: str = "onnx"
     data: DataConfig | None = None
     licence: str = ""
