@@ -133,9 +133,10 @@ def test_help_and_cfg_need_no_torch(tmp_path):
     for group in cli.sections(Config):
         assert f"\n  {group} " in text.stdout
     assert "$" not in text.stdout
-    config = run("--cfg", "job", "model.layers=3", cwd=tmp_path)
-    assert config.returncode == 0, config.stderr
-    assert "  layers: 3\n" in config.stdout
+    for arguments in (["--cfg", "job", "model.layers=3"], ["model.layers=3", "--cfg", "job"]):
+        config = run(*arguments, cwd=tmp_path)
+        assert config.returncode == 0, config.stderr
+        assert "  layers: 3\n" in config.stdout
 
 
 @pytest.mark.parametrize("schema", [Config, *cli.sections(BenchmarkRun).values()])

@@ -107,7 +107,8 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
     SweepDirectory.path = None
     failed: list[str] = []
     try:
-        sys.argv += check_grid(typed, schema)
+        first = next((i for i, item in enumerate(typed) if "=" in item and not item.startswith("-")), len(typed))
+        sys.argv[1:] = [*typed[:first], *check_grid(typed, schema), *typed[first:]]  # settings must not lie apart
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
