@@ -71,7 +71,7 @@ def test_a_published_file_tells_what_it_is(tmp_path):
     assert json.loads(metadata["hparams"])["model"]["layers"] == 2
 
 
-def test_the_network_that_comes_along_is_what_it_says():
+def test_the_published_network_is_what_it_says():
     assert PRETRAINED.stat().st_size <= 10e6
     trained = load_classifier("pretrained")
     assert trained.hparams["class_names"] == CLASSES
@@ -80,12 +80,12 @@ def test_the_network_that_comes_along_is_what_it_says():
     record = json.loads(metadata["record"])
     assert record["parameters"] <= 4_000_000
     assert record["samples_seen"] <= 5_000_000
-    assert record["images"] == {"train": 45000, "val": 5000, "test": 10000}
+    assert (record["images"]["train"], record["images"]["val"]) == (45000, 5000)
     assert record["metrics"]["val/acc"] > 0.7
     assert metadata["licence"]
 
 
-def test_the_network_that_comes_along_knows_a_flower():
+def test_the_published_network_knows_a_flower():
     """A photograph that is not of CIFAR-100."""
     from sklearn.datasets import load_sample_image
 
@@ -192,7 +192,7 @@ def test_another_shape_is_refused_by_its_key(run, model, message):
         start_from(classifier(**model), str(run))
 
 
-def test_the_fine_tuning_preset_fits_the_network_that_comes_along():
+def test_the_fine_tuning_preset_fits_the_published_network():
     ours, trained = composed("experiment=finetune").model, load_classifier("pretrained").hparams["model"]
     assert {key: getattr(ours, key) for key in SHAPE} == {key: trained[key] for key in SHAPE}
 
