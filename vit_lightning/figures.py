@@ -271,7 +271,7 @@ def draw_attention(images: np.ndarray, maps: np.ndarray, map_names: Sequence[str
         axes.text(column + 0.5, -0.04, name, ha="center", va="bottom", fontsize=9)
     for row, (image, of_image, title) in enumerate(zip(images, maps, titles, strict=True)):
         rotation = 90 if len(title) > 2 else 0  # a 6 on its side could be a 9
-        place = dict(ha="right", va="center", ma="center", fontsize=9, rotation=rotation)
+        place: dict[str, Any] = dict(ha="right", va="center", ma="center", fontsize=9, rotation=rotation)
         axes.text(-0.03, row + 0.5, title, parse_math=False, **place)  # a $ in a file's name is one
         _put(axes, image, 0, row)
         for column, map_ in enumerate(of_image, start=1):

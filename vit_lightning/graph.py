@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -56,6 +57,8 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise InputError(f'format=onnx needs {error.name}: pip install -e ".[export]"') from error
+    for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they remove
+        logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # its report of progress
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
     assert onnx is not None

@@ -233,7 +233,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
         with Image.open(path) as file:
             file.load()  # tags may come last
             # Pillow's exif_transpose would write all tags anew, and fails on odd ones.
-            turn = UPRIGHT.get(file.getexif().get(ORIENTATION))
+            turn = UPRIGHT.get(file.getexif().get(ORIENTATION, 1))
             image = file if turn is None else file.transpose(turn)
             if image.mode.startswith("I;16"):
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
