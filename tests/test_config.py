@@ -52,7 +52,8 @@ def test_defaults_of_conf_and_schema_agree():
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    composed(option, name="search" if option.startswith("space=") else "config")
+    needed = ["checkpoint=outputs/first"] if option == "experiment=best" else []
+    composed(option, *needed, name="search" if option.startswith("space=") else "config")
 
 
 def test_every_option_is_in_the_help():
@@ -102,6 +103,7 @@ def test_an_experiments_choice_can_be_overridden():
         (["wholly.unheard=3"], "wholly is not a key; --help lists the keys"),
         (["seed=null"], "seed=null: field 'seed' is not Optional"),
         (["model=vitt"], "model=vitt is not known; choose one of blog, conv, conv_large, vit"),
+        (["experiment=best"], "checkpoint= names no network; set it to pretrained, a run's directory or a file"),
         (["experiment=blogg"], "experiment=blogg is not known; choose one of ablation, best, blog, fast, finetune"),
         (["model=null"], "model=null names no option; choose one of blog, conv, conv_large, vit"),
         (["data.root=~/x"], "data.root=~/x is not a setting that can be read; quote the value: data.root='\"~/x\"'"),

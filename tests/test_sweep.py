@@ -22,7 +22,7 @@ def write_run(folder: Path, overrides: list[str], acc: float, **changes) -> None
     summary = {
         "overrides": overrides,
         "metrics": {"val/acc": acc, "val/acc5": acc + 0.2},
-        "epochs": 4,
+        "samples_seen": 4000,
         "seconds": 10.0,
         "train/images_per_second": 100.0,
         "parameters": 1234,
@@ -45,6 +45,7 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
         assert row["val/acc ±"] == pytest.approx(np.std(results[layers], ddof=1))
         assert row["val/acc5"] == pytest.approx(np.mean(results[layers]) + 0.2)
         assert row["seconds"] == pytest.approx(11.0)
+        assert (row["accuracies"], row["samples"]) == (results[layers], 4000)
 
 
 def test_a_single_run_has_no_spread(tmp_path):

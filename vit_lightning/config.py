@@ -45,11 +45,9 @@ def _one_of(*choices: str, **values: str) -> None:
             raise InputError(f"{_dotted(key)}={value} is not known; choose one of {', '.join(choices)}")
 
 
-def _named(checkpoint: str) -> None:
-    if not checkpoint:
-        raise InputError(
-            "checkpoint= names no network; set it to pretrained, a run's directory or a file, or leave it out"
-        )
+def _named(checkpoint: str | None) -> None:
+    if checkpoint == "":
+        raise InputError("checkpoint= names no network; set it to pretrained, a run's directory or a file")
 
 
 def _dotted(key: str) -> str:
@@ -442,6 +440,7 @@ class Config:
         _at_least(0, save_minutes=self.save_minutes)
         _probability(target_acc=self.target_acc, target_acc5=self.target_acc5)
         _seed(seed=self.seed)
+        _named(self.checkpoint)
         small, model = self.optim.small_size, self.model
         if small is not None and (small % model.patch_size or small > model.image_size):
             raise InputError(

@@ -23,7 +23,7 @@ Say what the runs of a sweep came to, finished or not.
 Prints a row for each setting, the best validation accuracy first, the mean and standard deviation over runs that
 differ in nothing but their seed, and writes it to summary.csv and summary.png in that directory. A sweep does so itself
 at its end. Started again with hydra.sweep.dir set to its directory, a sweep runs only what has not finished."""
-COLUMNS = ("runs", "val/acc", "val/acc ±", "val/acc5", "epochs", "seconds", "images/s", "parameters")
+COLUMNS = ("runs", "val/acc", "val/acc ±", "accuracies", "val/acc5", "samples", "seconds", "images/s", "parameters")
 
 
 def summarise(directory: Path) -> list[dict[str, Any]]:
@@ -33,8 +33,9 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
         directory: of a sweep; every ``summary.json`` below it is a run.
 
     Returns:
-        ``setting`` (the overrides that not all runs share, but for the seed), ``COLUMNS`` and ``accuracies``, the
-        ``val/acc`` of each run, in [0, 1]; ``val/acc ±`` is the sample standard deviation, ``None`` of a single run.
+        ``setting`` (the overrides that not all runs share, but for the seed) and ``COLUMNS``: means over the runs,
+        ``accuracies``, the ``val/acc`` of each, in [0, 1], and ``val/acc ±``, their sample standard deviation, ``None``
+        of a single run.
 
     Raises:
         InputError: if there is no run.
@@ -59,7 +60,7 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
                 "accuracies": accuracies,
                 "val/acc ±": statistics.stdev(accuracies) if len(group) > 1 else None,
                 "val/acc5": statistics.mean(run["metrics"]["val/acc5"] for run in group),
-                "epochs": statistics.mean(run["epochs"] for run in group),
+                "samples": statistics.mean(run["samples_seen"] for run in group),
                 "seconds": statistics.mean(run["seconds"] for run in group),
                 "images/s": statistics.mean(run["train/images_per_second"] for run in group),
                 "parameters": group[0]["parameters"],
