@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from vit_lightning.checkpoint import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from
 from vit_lightning.classifier import ViTClassifier
-from vit_lightning.config import InputError, ModelConfig, OptimConfig
+from vit_lightning.config import DataConfig, InputError, ModelConfig, OptimConfig
 from vit_lightning.model import resize_positions
 from vit_lightning.superclasses import SUPERCLASSES
 from vit_lightning.train import train
@@ -126,6 +126,18 @@ def test_the_same_classes_keep_the_head(run):
     start_from(other, str(run))
     images = torch.randn(5, 3, 8, 8)
     assert torch.equal(other(images), classifier()(images))
+
+
+@pytest.mark.parametrize(("split", "seen"), [("blog", True), ("standard", False)])
+def test_a_start_that_has_seen_the_validation_images_is_said(tmp_path, capsys, split, seen):
+    trained, other = classifier(), classifier(seed=1)
+    trained.hparams["data"] = asdict(DataConfig(split=split))
+    other.hparams["data"] = asdict(DataConfig(split="standard"))
+    publish(trained, {}, "", tmp_path / "trained.safetensors")
+    start_from(other, str(tmp_path / "trained.safetensors"))
+    err = capsys.readouterr().err
+    assert ("trained with data.split=blog data.val_fraction=0.1 data.split_seed=42; if its images" in err) == seen
+    assert bool(err) == seen
 
 
 @pytest.mark.parametrize("classes", ["abc", "abce"])

@@ -157,7 +157,11 @@ RUNS = [
         "model.safetensors cannot be written",
     ),
     ("train", "resume=nowhere", "resume=nowhere holds no run; name a run's directory"),
-    ("train", "resume={run}", "is a run that came to its end; trainer.max_epochs=12 would go on with it"),
+    (
+        "train",
+        "resume={run}",
+        "is a run that came to its end by trainer.max_epochs=6; trainer.max_epochs=12 would go on",
+    ),
     ("train", "resume={run} optim.lr=1", "leave optim.lr out"),
     ("train", "resume={run} trainer.max_epochs=2", "trainer.max_epochs=2 is less than the run's 6"),
     ("train", "resume={folders}/damaged trainer.max_epochs=9", "there is no other, so start the run anew"),

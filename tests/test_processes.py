@@ -139,7 +139,7 @@ def test_two_nodes_of_torchrun_make_one_run(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     node = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-id=test"]
-    arguments = ["-m", "vit_lightning.train", *TINY, *TWO]
+    arguments = ["-m", "vit_lightning.train", *TINY, *TWO, "trainer.check_val_every_n_epoch=2"]  # not after the last
     nodes = [
         subprocess.Popen(
             [sys.executable, *node, f"--rdzv-endpoint=127.0.0.1:{port}", *arguments],

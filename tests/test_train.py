@@ -457,6 +457,47 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     ours, theirs = summary_of(run), summary_of(whole)
     for key in ("metrics", "samples_seen", "images", "best_epoch", "config"):
         assert ours[key] == theirs[key]
+    assert ours["command"].endswith(f"hydra.run.dir={run}")
+    assert ours["overrides"] == arguments
+    assert [start["overrides"] for start in ours["resumed"]] == [[f"resume={run}"]]
+    assert theirs["resumed"] == []
+
+
+@pytest.mark.parametrize(
+    ("limits", "refused", "more"),
+    [
+        (
+            ["trainer.max_epochs=100000", "trainer.max_time=00:00:00:02", "optim.clock=time"],
+            ("trainer.max_epochs=200000", "came to its end by trainer.max_time=00:00:00:02; more of it would"),
+            "trainer.max_time=00:00:00:04",
+        ),
+        (
+            ["target_acc=0.3"],
+            ("target_acc=0.3", "came to its end by target_acc=0.3; more of it would"),
+            "target_acc=0.5",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_more_of_what_ended_it(start, limits, refused, more):
+    run, _ = trained("experiment=quickstart", *SMALL, *limits, cwd=start)
+    before = rows_of(run)
+    result = command("train", f"resume={run}", refused[0], cwd=start)
+    assert result.returncode == 1
+    assert refused[1] in result.stderr
+    result = command("train", f"resume={run}", more, cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    rows, summary = rows_of(run), summary_of(run)
+    assert rows[: len(before)] == before
+    assert [int(row["epoch"]) for row in rows] == list(range(1, len(rows) + 1))
+    steps = [int(row["step"]) for row in rows]
+    assert len(rows) > len(before)
+    assert steps == sorted(set(steps))
+    if more.startswith("target"):
+        assert [float(row["val/acc"]) >= 0.5 for row in rows] == [False] * (len(rows) - 1) + [True]
+    else:
+        assert 4 <= summary["seconds"] < 60
+        assert float(rows[-1]["lr"]) < 2e-4
 
 
 @pytest.mark.parametrize(

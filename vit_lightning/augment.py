@@ -147,7 +147,7 @@ def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
 
 
 def random_affine(batch: int, config: AugmentConfig) -> Tensor:
-    """Random maps from target to source coordinates: a rotation, after it a flip and a shift.
+    """Random maps from target to source coordinates: a flip, after it a rotation and a shift.
 
     Args:
         batch: B, the number of images.

@@ -35,13 +35,16 @@ class EpochRecorder(Callback):
         rows: the rows written so far; an epoch without validation has no ``val/…`` keys.
         samples_seen: training images that went through the network, repeats included.
         images: by split (``train``, ``val``, ``test``), the images that its latest metrics were counted over.
+        starts: where the run comes from, as ``record`` says it, and then each time that it was resumed.
 
     Args:
         run_dir: directory of the files.
+        record: where this start of the run comes from.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, record: dict[str, Any]) -> None:
         self.run_dir = run_dir
+        self.starts = [record]
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
@@ -66,6 +69,7 @@ class EpochRecorder(Callback):
             "rows": self.rows,
             "samples_seen": self.samples_seen,
             "images": self.images,
+            "starts": self.starts,
             "seconds": now() - self._start,
             "epoch_seconds": now() - self._epoch_start,
         }
@@ -75,6 +79,7 @@ class EpochRecorder(Callback):
         self.rows = state_dict["rows"]
         self.samples_seen = state_dict["samples_seen"]
         self.images = state_dict["images"]
+        self.starts = state_dict["starts"] + self.starts
         self._before = state_dict["seconds"], state_dict["epoch_seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -131,7 +136,8 @@ class EpochRecorder(Callback):
         self.images["test"] += len(batch[1])
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._add_up(trainer, "val")
+        if self._validated:
+            self._add_up(trainer, "val")
         self.samples_seen += self.images["train"]
         train_seconds = (self._epoch_end or now()) - self._epoch_start
         row = {
@@ -147,7 +153,8 @@ class EpochRecorder(Callback):
         self.rows.append(row)
         if not trainer.is_global_zero:
             return
-        speed = {"speed/images_per_second": row["train/images_per_second"], "speed/memory_gb": memory() / 1e9}
+        held = memory(trainer.strategy.root_device)
+        speed = {"speed/images_per_second": row["train/images_per_second"], "speed/memory_gb": held / 1e9}
         # Written here and not by Lightning, which would do so after the checkpoint: a run killed in between lost them.
         for logger in trainer.loggers:
             logger.log_metrics(
@@ -211,30 +218,31 @@ class StopAtTarget(Callback):
     def __init__(self, acc: float, acc5: float) -> None:
         self.acc = acc
         self.acc5 = acc5
-        self.reached = False
+        self._latest = (0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
-        return {"reached": self.reached}
+        """What a resumed run, which may have a higher target, goes on from."""
+        return {"latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Undo :meth:`state_dict`."""
-        self.reached = state_dict["reached"]
+        self._latest = state_dict["latest"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        trainer.should_stop = self.reached
+        acc, acc5 = self._latest
+        if acc >= self.acc and acc5 >= self.acc5:
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = trainer.callback_metrics
-        self.reached = bool(metrics["val/acc"] >= self.acc and metrics["val/acc5"] >= self.acc5)
-        if self.reached:
-            trainer.should_stop = True
+        self._latest = trainer.callback_metrics["val/acc"].item(), trainer.callback_metrics["val/acc5"].item()
+        self.on_train_start(trainer, pl_module)
 
 
 class StopAtNaN(Callback):
-    """Ends a run whose loss is no number any more, before the next checkpoint, and says where it went wrong.
+    """Ends a run whose loss is no number any more, before the next checkpoint, and says where that was seen.
 
-    The loss is looked at after every step on a CPU; elsewhere, where every look waits for the device, every few steps.
+    The loss is looked at after every step on a CPU; elsewhere, where every look waits for the device, every few steps,
+    so that it may have gone wrong some steps before. Of several processes those speak whose own loss is no number.
 
     Args:
         run_dir: where ``nan.json`` tells the step and its images.
@@ -256,8 +264,11 @@ class StopAtNaN(Callback):
         loss = outputs["loss"]
         if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
             return
-        if trainer.strategy.reduce_boolean_decision(bool(loss.isfinite()), all=True):  # in step with other processes
+        finite = bool(loss.isfinite())
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # in step with other processes
             return
+        if finite:
+            raise InputError("train/loss is no number in another process, which says where")
         norm = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
         loader = trainer.train_dataloader
         assert loader is not None
@@ -301,10 +312,10 @@ def timer_of(trainer: L.Trainer) -> Timer | None:
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
 
-def memory() -> float:
-    """Bytes that the run holds, or has held at most: of the accelerator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated())
+def memory(device: torch.device) -> float:
+    """Bytes that the run has held at most: of the GPU that trains, else of the process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
     if resource is None:
         return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

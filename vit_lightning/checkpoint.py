@@ -1,6 +1,7 @@
 """Trained networks: how they are found, opened and published, and how another network starts from one."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,13 +95,22 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
                 f"checkpoint={checkpoint} has model.{key}={theirs[key]}, this run {ours[key]}; "
                 f"set model.{key}={theirs[key]}"
             )
+    same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
+    its, own = trained.hparams["data"], classifier.hparams["data"]
+    split = ("split", "val_fraction", "split_seed")
+    if same_classes and its and own and own["split"] == "standard" and any(its[key] != own[key] for key in split):
+        setting = " ".join(f"data.{key}={its[key]}" for key in split)
+        print(
+            f"checkpoint={checkpoint} was trained with {setting}; if its images are these, it has seen some that now "
+            "validate, whose accuracy will look too good; the same settings here would leave them alone",
+            file=sys.stderr,
+        )
     state = trained.net.state_dict()
     first = "patch_embed.0.0.weight" if ours["patch_embed"] == "conv" else "patch_embed.weight"
     state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
         side = ours["image_size"] // ours["patch_size"]
         state["pos_embed"] = resize_positions(state["pos_embed"], side, first=int(ours["pool"] == "cls"))
-    same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
     if not same_classes or theirs["mlp_head_units"] != ours["mlp_head_units"]:
         new = classifier.net.state_dict()
         state = {name: (new if name.startswith("head.") else state)[name] for name in new}

@@ -75,7 +75,8 @@ class ModelConfig:
         heads: attention heads of a block.
         mlp_dim: hidden width of a block's feed-forward.
         dropout: dropout probability inside the blocks.
-        drop_path: probability that an image leaves out a residual branch of the last block; linear in depth from 0.
+        drop_path: probability that an image leaves out a residual branch of the last block; linear in depth from 0 in
+            the first.
         layer_scale: initial factor of the residual branches' learned scales; ``None`` for no scales.
         zero_init: whether the residual branches begin at zero.
         mlp_head_units: hidden widths of the classification head; empty for a linear head.
@@ -200,7 +201,8 @@ class AugmentConfig:
         policy: ``none``, ``trivial`` (TrivialAugment) or ``rand`` (RandAugment): random changes of colour and shape.
         rotation: largest angle of a rotation either way, in degrees; uniform.
         flip: probability of a horizontal flip.
-        shift: largest shift either way along each axis, as a fraction of the image's side; uniform; black outside.
+        shift: largest shift either way along each axis of the image before its rotation, as a fraction of its side;
+            uniform; black outside.
         erase: probability that a random rectangle of an image is erased.
         mixup: a and b of the Beta distribution that MixUp's share of an image is drawn from; 0 for no MixUp.
         cutmix: the same for CutMix. With both, each image draws one of them.
@@ -246,7 +248,7 @@ class OptimConfig:
             ``trainer.max_time`` on any machine (and no longer repeats bit for bit).
         small_size: side of the training images, in pixels, over the first ``small_share`` of the run, which goes faster
             with them; ``None`` for ``model.image_size`` throughout.
-        small_share: that share.
+        small_share: that share; of the new length where a run is taken beyond its end.
         label_smoothing: share of a label that is spread over all classes, in training.
         ema: decay of an exponential moving average of the weights, which is then what is validated, tested and kept;
             it warms up over the first steps. 0 for none.
@@ -413,7 +415,7 @@ class Config:
         test: whether the best checkpoint is evaluated on the test images in the end; ``false`` for runs that are
             compared with each other, so that the test images choose nothing.
         resume: directory of a run, to go on with it where it was interrupted, with its own configuration, or beyond its
-            end with more ``trainer.max_epochs``.
+            end with more of what ended it: ``trainer.max_epochs``, ``trainer.max_time`` or a target.
         compile: whether ``torch.compile`` compiles the network first, for seconds to minutes; checkpoints stay as
             they are. Where there is no compiler, a message says so and the run goes on without.
         save_minutes: from one checkpoint to the next within an epoch; ``None`` for checkpoints at its end alone.

@@ -16,7 +16,7 @@ from vit_lightning.model import Attention, ViT
 def attention_maps(model: ViT, images: Tensor) -> Tensor:
     """Attention of every head of every block, from every token to every token.
 
-    The network runs as always; beside it the weights, which its fused attention never makes, are worked out.
+    The network runs as always; beside it the weights, which its fused attention does not make, are worked out.
 
     Args:
         model: in evaluation mode.

@@ -27,7 +27,7 @@ class Dropout(nn.Dropout):
 
     The stock mask draws one random number for each element, one after the other. Here each 64-bit word from the same
     generator gives four mask values of 16 bits: the share dropped is ``p`` rounded to a multiple of 2⁻¹⁶, and what is
-    kept is scaled by exactly what that rounding left. Other devices take the stock one, and so does a compiled
+    kept is scaled by what that rounding left. Other devices take the stock one, and so does a compiled
     network, whose random numbers are no longer drawn one after the other.
     """
 
@@ -35,7 +35,7 @@ class Dropout(nn.Dropout):
         stock = x.device.type != "cpu" or torch.compiler.is_compiling()
         if not self.training or self.p == 0 or stock:
             return super().forward(x)
-        dropped = round(self.p * 2**16)  # of 2¹⁶ equally likely values
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2¹⁶ equally likely values
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
@@ -44,7 +44,7 @@ class Dropout(nn.Dropout):
 class Attention(nn.Module):
     """Multi-head self-attention without mask (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
 
-    Equals :class:`torch.nn.MultiheadAttention`, whose initialisation it shares, by the fused kernel.
+    Equals :class:`torch.nn.MultiheadAttention`, whose initialisation it shares, mostly by the fused kernel.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """How much each token of x (B, N, D) attends to each, which :meth:`forward` never makes: (B, H, N, N)."""
+        """How much each token of x (B, N, D) attends to each, which :meth:`forward` need not make: (B, H, N, N)."""
         B, N, D = x.shape
         q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
         if rotation is not None:

@@ -44,12 +44,12 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
         return adamw
     inner = [p for p in net.parameters() if id(p) in muon]
     device = inner[0].device
-    kind = Muon if device.type != "cpu" or has_fast_bfloat16(device) else FullPrecisionMuon
+    kind = Muon if has_fast_bfloat16(device) else FullPrecisionMuon
     return Joined(adamw, kind(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
 
 
 class FullPrecisionMuon(Muon):
-    """Muon in float32, for processors that lack instructions for the bfloat16 it casts to: a hundred times as fast."""
+    """Muon in float32, for devices that are slow in the bfloat16 it casts to: on old processors a hundred times so."""
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """As torch's, which has no setting for it; ``closure`` computes loss and gradients once."""
@@ -118,7 +118,7 @@ def build_schedule(
         if elapsed is not None:
             step = elapsed() * steps
         if step < warmup:
-            return (step + 1) / warmup
+            return min(1.0, (step + 1) / warmup)  # by time, a step is a fraction
         if config.schedule == "constant":
             return 1.0
         done = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,6 +23,7 @@ FREE = (
     *("trainer.accelerator", "trainer.strategy", "trainer.devices"),
     *("trainer.enable_progress_bar", "save_minutes", "debug"),
 )
+LIMITS = ("trainer.max_epochs", "trainer.max_time", "target_acc", "target_acc5")  # what may be more when it goes on
 
 
 @dataclass(slots=True)
@@ -100,9 +102,9 @@ def find_run(config: Config, run_dir: Path) -> Run:
 
 
 def resumed(config: Config, folder: Path) -> Run:
-    """The interrupted run in ``folder``: its own configuration, and of ``FREE`` what is set now.
+    """The interrupted run in ``folder``: its own configuration, and of ``FREE`` and ``LIMITS`` what is set now.
 
-    It may also go on for more ``trainer.max_epochs``, even if it came to its end.
+    With a higher limit it may also go on where it came to its end.
 
     Raises:
         InputError: if the run is over, or ``config`` sets what it has otherwise.
@@ -111,26 +113,39 @@ def resumed(config: Config, folder: Path) -> Run:
     given = follow_saved(replace(config, resume=None), saved)
     ours, theirs = flatten(asdict(given)), flatten(asdict(saved))
     keys = keys_set(ours)
-    other = sorted(key for key in keys - {*FREE, "trainer.max_epochs"} if ours[key] != theirs[key])
+    other = sorted(key for key in keys - {*FREE, *LIMITS} if ours[key] != theirs[key])
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"resume=… goes on with the run's own configuration, {own}; leave {', '.join(other)} out")
-    epochs = saved.trainer.max_epochs
-    more = config.trainer.max_epochs if "trainer.max_epochs" in keys else epochs
-    if more < epochs:
-        raise InputError(f"trainer.max_epochs={more} is less than the run's {epochs}; give more, or leave it out")
-    if (folder / "summary.json").exists() and more == epochs:
-        raise InputError(
-            f"resume={config.resume} is a run that came to its end; trainer.max_epochs={2 * epochs} would go on with it"
-        )
+    for key, amount in (("trainer.max_epochs", int), ("trainer.max_time", seconds)):
+        if key in keys and amount(ours[key]) < amount(theirs[key]):
+            raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; give more, or leave it out")
+    if (folder / "summary.json").exists():
+        epochs = saved.trainer.max_epochs
+        whole = json.loads((folder / "summary.json").read_text())["epochs"] == epochs
+        ended_by = [key for key in LIMITS if (key == "trainer.max_epochs") == whole and theirs[key] is not None]
+        if not any(key in keys and ours[key] != theirs[key] for key in ended_by):
+            ends = " and ".join(f"{key}={theirs[key]}" for key in ended_by)
+            cure = f"trainer.max_epochs={2 * epochs}" if whole else "more of it"
+            raise InputError(
+                f"resume={config.resume} is a run that came to its end by {ends}; {cure} would go on with it"
+            )
     checkpoint, step = sound_checkpoint(folder)
     if checkpoint is None:
         raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; start the run anew")
-    free: dict[str, Any] = {key: ours[key] for key in FREE if key in keys}
-    trainer = {key.removeprefix("trainer."): value for key, value in free.items() if key.startswith("trainer.")}
-    others = {key: value for key, value in free.items() if not key.startswith("trainer.")}
-    config = replace(saved, trainer=replace(saved.trainer, **trainer, max_epochs=more), **others)
+    now: dict[str, Any] = {key: ours[key] for key in (*FREE, *LIMITS) if key in keys}
+    trainer = {key.removeprefix("trainer."): value for key, value in now.items() if key.startswith("trainer.")}
+    others = {key: value for key, value in now.items() if not key.startswith("trainer.")}
+    config = replace(saved, trainer=replace(saved.trainer, **trainer), **others)
     return Run(config, folder, checkpoint, step)
+
+
+def seconds(time: str | None) -> float:
+    """``trainer.max_time``, days:hours:minutes:seconds, as a number; infinite without limit."""
+    if time is None:
+        return math.inf
+    days, hours, minutes, rest = map(int, time.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
 def keys_set(ours: dict[str, Any]) -> set[str]:

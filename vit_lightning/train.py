@@ -108,7 +108,7 @@ def carry_out(
         run: as it stands.
         data: set up.
         classifier: new; what ``run`` goes on from is read into it.
-        record: where the run comes from.
+        record: where this start of the run comes from.
         report: as in :func:`train`.
 
     Returns:
@@ -135,7 +135,7 @@ def carry_out(
         patches.savefig(run_dir / "patches.png")
 
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
-    recorder = EpochRecorder(run_dir)
+    recorder = EpochRecorder(run_dir, record)
     best = run_dir / "checkpoints" / "best.ckpt"
     saver = Saver(best.parent, config.save_minutes, recorder)
     guard = StopAtNaN(run_dir, config.trainer.log_every_n_steps)
@@ -179,7 +179,8 @@ def carry_out(
         return recorder.best["val/acc"]
     best_row = recorder.best
     summary = {
-        **record,
+        **recorder.starts[0],
+        "resumed": recorder.starts[1:],
         "device": str(trainer.strategy.root_device),
         "processes": trainer.world_size,
         "step": describe_step(config, trainer.world_size),
