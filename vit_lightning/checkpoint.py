@@ -12,6 +12,7 @@ from torch import Tensor
 from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
 from vit_lightning.model import resize_positions
+from vit_lightning.processes import is_first
 from vit_lightning.saving import read_checkpoint
 
 PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
@@ -98,7 +99,8 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
     same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
     its, own = trained.hparams["data"], classifier.hparams["data"]
     split = ("split", "val_fraction", "split_seed")
-    if same_classes and its and own and own["split"] == "standard" and any(its[key] != own[key] for key in split):
+    seen = its and own and own["split"] == "standard" and any(its[key] != own[key] for key in split)
+    if same_classes and seen and is_first():
         setting = " ".join(f"data.{key}={its[key]}" for key in split)
         print(
             f"checkpoint={checkpoint} was trained with {setting}; if its images are these, it has seen some that now "
