@@ -1,6 +1,7 @@
 """Splits, batches and the transforms' place in the LightningDataModule."""
 
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -218,3 +219,18 @@ def test_a_trainer_augments_training_batches_alone_and_gives_each_epoch_an_order
 
     val = eval_transform(data.arrays.images["test"][data.indices["val"]], 12, data.mean, data.std)
     assert torch.equal(torch.cat(keeper.validation), torch.cat([val, val]))
+
+
+def test_policies_and_mixing_end_before_the_run_does(folder_config):
+    augment = AugmentConfig(policy="trivial", erase=1.0, mixup=0.8, cutmix=1.0, until=0.5, rotation=0, flip=0)
+    data = ImageData(folder_config, augment, image_size=8)
+    data.setup()
+    images, labels = next(iter(data.train_dataloader()))
+    module = SimpleNamespace(progress=lambda: module.done)
+    data.trainer = SimpleNamespace(training=True, global_rank=0, global_step=0, lightning_module=module)
+    module.done = 0.49
+    assert data.on_after_batch_transfer((images, labels), 0)[1].ndim == 2
+    module.done = 0.5
+    x, plain = data.on_after_batch_transfer((images, labels), 0)
+    torch.testing.assert_close(x, eval_transform(images, 8, data.mean, data.std), rtol=1e-5, atol=1e-5)
+    assert plain is labels

@@ -218,12 +218,12 @@ def test_attention_pool_is_a_mean_at_first_and_picks_what_scores():
     torch.testing.assert_close(pool(x), x[torch.arange(5), x.sum(-1).argmax(1)])
 
 
-@pytest.mark.parametrize("depth", [0, 2])
-def test_conv_stem_follows_its_stages(depth):
+@pytest.mark.parametrize(("depth", "se"), [(0, False), (2, False), ([1, 2], True)])
+def test_conv_stem_follows_its_stages(depth, se):
     torch.manual_seed(0)
-    stem = randomise(ConvStem(3, 8, 20, depth)).eval()
+    stem = randomise(ConvStem(3, 8, 20, depth, se)).eval()
     assert [stage[0].out_features for stage in stem] == [5, 10, 20]
-    assert [len(stage) - 4 for stage in stem] == [depth, depth, 0]
+    assert [len(stage) - 4 for stage in stem] == ([*depth, 0] if isinstance(depth, list) else [depth, depth, 0])
     images = torch.randn(2, 3, 32, 32)
 
     def normed(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
@@ -234,7 +234,13 @@ def test_conv_stem_follows_its_stages(depth):
         x = normed(F.max_pool2d(F.conv2d(x, conv.weight.view(len(conv.weight), -1, 3, 3), padding=1), 2), norm)
         for part in residual:
             weight = part[0].weight.view(x.shape[1], x.shape[1], 3, 3)
-            x = x + normed(F.conv2d(x, weight, padding=1), part[1])
+            y = normed(F.conv2d(x, weight, padding=1), part[1])
+            if se:
+                squeezed = y.mean(dim=(2, 3))
+                hidden = F.relu(F.linear(squeezed, part[3].fc1.weight.flatten(1), part[3].fc1.bias))
+                excited = F.linear(hidden, part[3].fc2.weight.flatten(1), part[3].fc2.bias).sigmoid()
+                y = y * excited[:, :, None, None]
+            x = x + y
     assert x.shape == (2, 20, 4, 4)
     tokens = stem(images)
     torch.testing.assert_close(tokens, torch.einsum("bdyx->byxd", x).reshape(2, 16, 20), rtol=1e-4, atol=1e-4)

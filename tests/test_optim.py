@@ -65,7 +65,7 @@ def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:
 def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model, monkeypatch):
     """Against two optimizers of torch's, each stepping by itself."""
     monkeypatch.setattr("vit_lightning.optim.has_fast_bfloat16", lambda device: True)
-    config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, weight_decay=0.1)
+    config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, ns_steps=3, weight_decay=0.1)
     nets = []
     for joined in (True, False):
         torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model, mo
         groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
         apart = [
             torch.optim.AdamW(groups, lr=0.01, fused=True),
-            torch.optim.Muon([m.weight for m in linear], lr=0.05, weight_decay=0.1),
+            torch.optim.Muon([m.weight for m in linear], lr=0.05, weight_decay=0.1, ns_steps=3),
         ]
         optimizers = [build_optimizer(net, config)] if joined else apart
         net.eval()  # without dropout

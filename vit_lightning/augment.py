@@ -5,6 +5,7 @@ What is off costs nothing.
 Axes: B batch, C channels, h and w the source's height and width, S the network's image size.
 """
 
+import functools
 import math
 
 import torch
@@ -51,7 +52,11 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     if config.crop:
         images = random_crop(images, config.crop)
     if config.policy != "none":
-        policy = {"trivial": v2.TrivialAugmentWide, "rand": v2.RandAugment}[config.policy]()
+        policy = {
+            "trivial": v2.TrivialAugmentWide,
+            "rand": v2.RandAugment,
+            "auto": functools.partial(v2.AutoAugment, v2.AutoAugmentPolicy.CIFAR10),
+        }[config.policy]()
         images = torch.stack([policy(image) for image in images])  # called once for all, it would treat all alike
     # Only divided here, so that black is still zero, which is what the outside becomes; the mean is taken off last.
     x = images / (255 * _per_channel(std))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vit_lightning.classifier import ViTClassifier
-from vit_lightning.config import InputError
+from vit_lightning.config import InputError, ModelConfig
 from vit_lightning.model import resize_positions
 from vit_lightning.processes import is_first
 from vit_lightning.saving import read_checkpoint
@@ -19,7 +20,7 @@ PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
 
 # What two networks must share for the weights of one to fit the other; channels, positions and head are made to fit.
 SHAPE = (
-    *("block", "patch_embed", "patch_size", "stem_depth", "position", "pool", "registers"),
+    *("block", "patch_embed", "patch_size", "stem_depth", "stem_se", "position", "pool", "registers"),
     *("embed_dim", "layers", "heads", "mlp_dim", "layer_scale"),
 )
 
@@ -89,7 +90,7 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         InputError: if the two networks are of different shapes.
     """
     trained = load_classifier(checkpoint)
-    theirs, ours = trained.hparams["model"], classifier.hparams["model"]
+    theirs, ours = (asdict(ModelConfig(**network.hparams["model"])) for network in (trained, classifier))
     for key in SHAPE:
         if theirs[key] != ours[key]:
             raise InputError(

@@ -12,7 +12,10 @@ from typing import Any, TypeVar
 
 
 class InputError(ValueError):
-    """A mistake that the user can mend: one line that names the key or file, and the cure."""
+    """A mistake that the user can fix: one line that names the key or file, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may hold line breaks
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -64,7 +67,9 @@ class ModelConfig:
         image_size: side of the square images the network sees, in pixels.
         patch_embed: ``unfold`` (a linear map of each patch) or ``conv`` (a convolutional stem).
         patch_size: side of a patch, in pixels; divides ``image_size``; for ``conv`` a power of two.
-        stem_depth: residual convolutions after each stage of the convolutional stem but the last.
+        stem_depth: residual convolutions after each stage of the convolutional stem but the last: one number for all
+            stages, or a list with one for each.
+        stem_se: whether each residual convolution is followed by squeeze-and-excitation.
         position: ``learned`` (a vector for each token) or ``rotary`` (queries and keys turned by their place).
         pool: what the head reads: ``cls`` (a class token), ``mean`` or ``attention`` (a learned mean) of the patches.
         registers: learned tokens that only the blocks use.
@@ -87,7 +92,8 @@ class ModelConfig:
     image_size: int = 72
     patch_embed: str = "unfold"
     patch_size: int = 6
-    stem_depth: int = 0
+    stem_depth: Any = 0  # OmegaConf has no "int or list of int"
+    stem_se: bool = False
     position: str = "learned"
     pool: str = "cls"
     registers: int = 0
@@ -110,7 +116,6 @@ class ModelConfig:
         _one_of("learned", "rotary", model__position=self.position)
         _one_of("cls", "mean", "attention", model__pool=self.pool)
         _at_least(0, model__registers=self.registers, model__layer_scale=self.layer_scale)
-        _at_least(0, model__stem_depth=self.stem_depth)
         _at_least(1, model__image_size=self.image_size, model__patch_size=self.patch_size)
         _at_least(1, model__channels=self.channels, model__num_classes=self.num_classes)
         _at_least(1, model__embed_dim=self.embed_dim, model__layers=self.layers, model__heads=self.heads)
@@ -138,12 +143,23 @@ class ModelConfig:
                     f"model.patch_size={self.patch_size} must be a power of two from 2, and half of it must divide "
                     f"model.embed_dim={self.embed_dim}"
                 )
+        self._check_stem_depth()
         if self.image_size % self.patch_size:
             divisors = [n for n in range(1, self.image_size + 1) if self.image_size % n == 0]
             nearest = sorted(sorted(divisors, key=lambda n: abs(n - self.patch_size))[:2])
             raise InputError(
                 f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "
                 f"model.patch_size={' or '.join(map(str, nearest))} would divide it"
+            )
+
+    def _check_stem_depth(self) -> None:
+        stages = max(0, self.patch_size.bit_length() - 2)
+        depths = self.stem_depth if isinstance(self.stem_depth, list) else [self.stem_depth]
+        whole = all(isinstance(depth, int) and not isinstance(depth, bool) and depth >= 0 for depth in depths)
+        if not whole or (isinstance(self.stem_depth, list) and len(depths) != stages):
+            raise InputError(
+                f"model.stem_depth={self.stem_depth} must be a number of at least 0, or a list of {stages} such "
+                f"numbers for model.patch_size={self.patch_size}"
             )
 
 
@@ -198,7 +214,8 @@ class AugmentConfig:
 
     Attributes:
         crop: largest shift either way along each axis, in whole pixels of the source; reflected at the border.
-        policy: ``none``, ``trivial`` (TrivialAugment) or ``rand`` (RandAugment): random changes of colour and shape.
+        policy: ``none``, ``trivial`` (TrivialAugment), ``rand`` (RandAugment) or ``auto`` (AutoAugment's policy for
+            CIFAR-10): random changes of colour and shape.
         rotation: largest angle of a rotation either way, in degrees; uniform.
         flip: probability of a horizontal flip.
         shift: largest shift either way along each axis of the image before its rotation, as a fraction of its side;
@@ -207,6 +224,7 @@ class AugmentConfig:
         mixup: a and b of the Beta distribution that MixUp's share of an image is drawn from; 0 for no MixUp.
         cutmix: the same for CutMix. With both, each image draws one of them.
         mix_prob: probability that an image is mixed, where ``mixup`` or ``cutmix`` is set.
+        until: share of the run after which ``policy``, ``erase``, ``mixup`` and ``cutmix`` are switched off.
     """
 
     crop: int = 0
@@ -218,12 +236,14 @@ class AugmentConfig:
     mixup: float = 0.0
     cutmix: float = 0.0
     mix_prob: float = 1.0
+    until: float = 1.0
 
     def __post_init__(self) -> None:
-        _one_of("none", "trivial", "rand", augment__policy=self.policy)
+        _one_of("none", "trivial", "rand", "auto", augment__policy=self.policy)
         if not 0 <= self.rotation <= 180:
             raise InputError(f"augment.rotation={self.rotation} must lie between 0 and 180 degrees")
         _probability(augment__flip=self.flip, augment__erase=self.erase, augment__mix_prob=self.mix_prob)
+        _probability(augment__until=self.until)
         _at_least(0, augment__crop=self.crop, augment__mixup=self.mixup, augment__cutmix=self.cutmix)
         for name in ("mixup", "cutmix"):
             if 0 < getattr(self, name) < 0.01:  # of which float32 makes no numbers any more
@@ -239,6 +259,7 @@ class OptimConfig:
         name: ``adamw``, or ``muon`` for the matrices of the blocks and of a convolutional stem and AdamW for the rest.
         lr: AdamW's peak learning rate.
         muon_lr: Muon's, before its scaling by a matrix's shape.
+        ns_steps: Newton-Schulz iterations by which Muon makes an update orthogonal.
         weight_decay: decoupled weight decay.
         betas: AdamW's two averaging coefficients.
         decay_all: whether norms, biases, the class token and the position embedding decay too.
@@ -257,6 +278,7 @@ class OptimConfig:
     name: str = "adamw"
     lr: float = 1e-3
     muon_lr: float = 0.02
+    ns_steps: int = 5
     weight_decay: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     decay_all: bool = False
@@ -273,7 +295,7 @@ class OptimConfig:
         _one_of("constant", "cosine", "linear", optim__schedule=self.schedule)
         _one_of("steps", "time", optim__clock=self.clock)
         _at_least(0, optim__lr=self.lr, optim__muon_lr=self.muon_lr, optim__weight_decay=self.weight_decay)
-        _at_least(1, optim__small_size=self.small_size)
+        _at_least(1, optim__small_size=self.small_size, optim__ns_steps=self.ns_steps)
         _probability(optim__small_share=self.small_share)
         _fraction(optim__warmup=self.warmup, optim__label_smoothing=self.label_smoothing, optim__ema=self.ema)
         if len(self.betas) != 2:

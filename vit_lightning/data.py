@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -113,9 +113,12 @@ class ImageData(L.LightningDataModule):
             # Augmentation and dropout of a step follow from its number alone, so that a resumed run repeats them.
             use = f"step {self.trainer.global_rank}" if self.trainer.global_rank else "step"
             torch.manual_seed(derived_seed(self.seed, self.trainer.global_step, use))
-            images = train_transform(images, self.image_size, mean, std, self.augment)
-            if self.augment.mixup or self.augment.cutmix:
-                return mix(images, labels, len(self.class_names), self.augment)
+            augment = self.augment
+            if augment.until < 1 and cast(Any, self.trainer.lightning_module).progress() >= augment.until:
+                augment = replace(augment, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+            images = train_transform(images, self.image_size, mean, std, augment)
+            if augment.mixup or augment.cutmix:
+                return mix(images, labels, len(self.class_names), augment)
             return images, labels
         return eval_transform(images, self.image_size, mean, std), labels
 

@@ -15,7 +15,7 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import StochasticDepth
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 from vit_lightning.config import ModelConfig
 
@@ -232,10 +232,15 @@ class Conv(nn.Linear):
 
 
 class ResidualConv(nn.Sequential):
-    """A 3 × 3 convolution, batch norm and GELU beside the identity (He et al., 2016, arXiv:1512.03385, section 3)."""
+    """A 3 × 3 convolution, batch norm and GELU beside the identity (He et al., 2016, arXiv:1512.03385, section 3).
 
-    def __init__(self, width: int) -> None:
-        super().__init__(Conv(width, width), nn.BatchNorm2d(width), nn.GELU())
+    ``se`` weights its channels by squeeze-and-excitation (Hu et al., 2018, arXiv:1709.01507, section 3), with a
+    bottleneck of an eighth of the width.
+    """
+
+    def __init__(self, width: int, se: bool = False) -> None:
+        excitation = [SqueezeExcitation(width, max(1, width // 8))] if se else []
+        super().__init__(Conv(width, width), nn.BatchNorm2d(width), nn.GELU(), *excitation)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, width, h, w) to the same."""
@@ -247,11 +252,12 @@ class ConvStem(nn.Sequential):
 
     After Hassani et al., 2021 (https://arxiv.org/abs/2104.05704, section 3.3), with a norm; pooling comes before it,
     at a quarter of the cost. The width doubles from stage to stage, up to D. After each stage but the last,
-    ``depth`` residual convolutions may follow.
+    residual convolutions may follow: ``depth`` of them, or of a list a number for each stage.
     """
 
-    def __init__(self, channels: int, patch_size: int, dim: int, depth: int) -> None:
+    def __init__(self, channels: int, patch_size: int, dim: int, depth: int | list[int], se: bool) -> None:
         stages = patch_size.bit_length() - 1
+        depths = [*depth, 0] if isinstance(depth, list) else [depth] * (stages - 1) + [0]
         widths = [channels, *(dim >> stage for stage in reversed(range(stages)))]
         super().__init__(
             *(
@@ -260,9 +266,9 @@ class ConvStem(nn.Sequential):
                     nn.MaxPool2d(2),
                     nn.BatchNorm2d(after),
                     nn.GELU(),
-                    *(ResidualConv(after) for _ in range(depth if after < dim else 0)),
+                    *(ResidualConv(after, se) for _ in range(depth)),
                 )
-                for before, after in itertools.pairwise(widths)
+                for (before, after), depth in zip(itertools.pairwise(widths), depths, strict=True)
             )
         )
 
@@ -307,7 +313,7 @@ class ViT(nn.Module):
         D = config.embed_dim
         self.side = side = config.image_size // config.patch_size  # of the square of patches
         self.patch_embed = (
-            ConvStem(config.channels, config.patch_size, D, config.stem_depth)
+            ConvStem(config.channels, config.patch_size, D, config.stem_depth, config.stem_se)
             if config.patch_embed == "conv"
             else PatchEmbed(config.channels, config.patch_size, D)
         )

@@ -45,7 +45,7 @@ def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
     inner = [p for p in net.parameters() if id(p) in muon]
     device = inner[0].device
     kind = Muon if has_fast_bfloat16(device) else FullPrecisionMuon
-    return Joined(adamw, kind(inner, lr=config.muon_lr, weight_decay=config.weight_decay))
+    return Joined(adamw, kind(inner, lr=config.muon_lr, weight_decay=config.weight_decay, ns_steps=config.ns_steps))
 
 
 class FullPrecisionMuon(Muon):
