@@ -72,7 +72,9 @@ def digits_config(tmp_path: Path) -> DataConfig:
 # Importing torch and its kin takes a command some seconds. Here one process imports them once, and each command is a
 # fork of it: a process as any other, with arguments, directory, streams and exit code of its own.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch._dynamo", "torchvision", "vit_lightning.checkpoint", "vit_lightning.dashboard"])
+SERVER.set_forkserver_preload(
+    ["torch._dynamo", "torchvision", "vit_lightning.recipe.weights", "vit_lightning.runs.dashboard"]
+)
 
 
 def command(name: str, *arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:

@@ -10,7 +10,8 @@ from scipy import stats
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
-from vit_lightning.augment import (
+from vit_lightning.config import AugmentConfig
+from vit_lightning.recipe.augment import (
     denormalise,
     eval_transform,
     mix,
@@ -20,7 +21,6 @@ from vit_lightning.augment import (
     sampling_grid,
     train_transform,
 )
-from vit_lightning.config import AugmentConfig
 
 MEAN, STD = torch.tensor([0.5071, 0.4865, 0.4409]), torch.tensor([0.2673, 0.2564, 0.2762])
 PLAIN = (torch.zeros(3), torch.ones(3))  # no normalisation: values stay in [0, 1]

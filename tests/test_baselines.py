@@ -8,9 +8,9 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from vit_lightning.baselines import TutorialImages, TutorialViT, installed, library, tutorial_loader
+from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, installed, library, tutorial_loader
 from vit_lightning.config import ModelConfig
-from vit_lightning.model import ViT
+from vit_lightning.model.vit import ViT
 
 CONFIG = ModelConfig(
     image_size=15, patch_size=5, channels=3, num_classes=7, embed_dim=22, heads=2, layers=3, mlp_dim=44

@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import composed
 
-from vit_lightning.benchmark import benchmark, spread, training_flops
+from vit_lightning.benchmarks.benchmark import benchmark, spread, training_flops
 from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
 
 SMALL = [

@@ -13,12 +13,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vit_lightning.checkpoint import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import DataConfig, InputError, ModelConfig, OptimConfig
-from vit_lightning.model import resize_positions
-from vit_lightning.superclasses import SUPERCLASSES
-from vit_lightning.train import train
+from vit_lightning.data.superclasses import SUPERCLASSES
+from vit_lightning.model.vit import resize_positions
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.weights import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from
+from vit_lightning.runs.fit import train
 
 CLASSES = sorted(name for names in SUPERCLASSES.values() for name in names)
 

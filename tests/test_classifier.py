@@ -10,8 +10,8 @@ from conftest import TRAINER
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from torch.utils.data import DataLoader, TensorDataset
 
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import ModelConfig, OptimConfig
+from vit_lightning.recipe.classifier import ViTClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*logging interval")
 

@@ -18,8 +18,6 @@ from lightning.pytorch.callbacks import Timer
 from torch.optim.swa_utils import AveragedModel
 
 from vit_lightning import cli
-from vit_lightning.augment import mix, resize, train_transform
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import (
     AugmentConfig,
     BenchmarkRun,
@@ -30,7 +28,9 @@ from vit_lightning.config import (
     OptimConfig,
     TrainerConfig,
 )
-from vit_lightning.optim import build_optimizer, build_schedule, ema_update
+from vit_lightning.recipe.augment import mix, resize, train_transform
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.optim import build_optimizer, build_schedule, ema_update
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")

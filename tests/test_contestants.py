@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from torch.autograd import DeviceType
 
-from vit_lightning.contestants import shares
+from vit_lightning.benchmarks.contestants import shares
 
 
 def event(key: str, cpu: float, device: float, device_type: DeviceType = DeviceType.CPU) -> SimpleNamespace:

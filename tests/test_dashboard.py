@@ -17,10 +17,10 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter, summary
 
-from vit_lightning.checkpoint import load_classifier
 from vit_lightning.config import AugmentConfig
-from vit_lightning.dashboard import Dashboard, hyper_parameters
-from vit_lightning.data import ImageData
+from vit_lightning.data.module import ImageData
+from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 PICTURES = {"batch", "patches", "positions", "attention", "mistakes", "confusion", "per_class", "reliability"}
@@ -71,7 +71,7 @@ def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch
     dashboard = Dashboard(config, data, {}, Figure())
     trainer = L.Trainer(**{**TRAINER, "logger": TensorBoardLogger(tmp_path, name="", version="")})
     shown = []
-    monkeypatch.setattr("vit_lightning.dashboard.show", lambda writer, name, figure, step: shown.append(name))
+    monkeypatch.setattr("vit_lightning.runs.dashboard.show", lambda writer, name, figure, step: shown.append(name))
     dashboard.on_fit_start(trainer, classifier)
     dashboard.on_train_batch_start(trainer, classifier, next(iter(data.train_dataloader())), 0)
     record = json.loads((digits_run / "summary.json").read_text())

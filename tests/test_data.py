@@ -11,11 +11,11 @@ from torch import nn
 from torch.utils.data import random_split
 from torchvision.transforms import v2
 
-from vit_lightning.augment import eval_transform
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig
-from vit_lightning.data import BatchIndices, ImageData, follow_data, split_indices
-from vit_lightning.sources import ImageArrays
+from vit_lightning.data.module import BatchIndices, ImageData, follow_data, split_indices
+from vit_lightning.data.sources import ImageArrays
+from vit_lightning.recipe.augment import eval_transform
+from vit_lightning.recipe.classifier import ViTClassifier
 
 
 def arrays_of(train_labels: torch.Tensor, test_labels: torch.Tensor) -> ImageArrays:

@@ -9,10 +9,10 @@ import torch
 from conftest import command, composed, write_folder
 from PIL import Image
 
-from vit_lightning.checkpoint import load_classifier
-from vit_lightning.data import ImageData
-from vit_lightning.evaluate import evaluate
-from vit_lightning.train import train
+from vit_lightning.analysis.evaluate import evaluate
+from vit_lightning.data.module import ImageData
+from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.runs.fit import train
 
 
 def test_a_run_is_evaluated_on_its_own_images(digits_run):

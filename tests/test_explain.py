@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.config import ModelConfig
-from vit_lightning.explain import attention_maps, attention_rollout, on_patches, position_similarity
-from vit_lightning.model import ViT
+from vit_lightning.model.vit import ViT
 
 
 def network(**changes) -> ViT:

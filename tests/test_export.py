@@ -9,11 +9,11 @@ import pytest
 import torch
 from conftest import command, composed
 
-from vit_lightning import graph
-from vit_lightning.checkpoint import load_classifier
-from vit_lightning.classifier import ViTClassifier
+from vit_lightning.analysis import graph
+from vit_lightning.analysis.export import export
 from vit_lightning.config import InputError, OptimConfig
-from vit_lightning.export import export
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.weights import load_classifier
 
 
 def test_onnx_takes_bytes_of_any_number_and_size(digits_run):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_lightning.figures import draw_benchmark, draw_confusion, draw_curves, draw_patches
+from vit_lightning.analysis.figures import draw_benchmark, draw_confusion, draw_curves, draw_patches
 
 
 def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:

@@ -5,8 +5,8 @@ import torch
 from conftest import needs_compiler
 
 from vit_lightning.config import InputError, ModelConfig, TrainerConfig
-from vit_lightning.machine import check_accelerator, compile_network, settle_precision
-from vit_lightning.model import ViT
+from vit_lightning.devices import check_accelerator, compile_network, settle_precision
+from vit_lightning.model.vit import ViT
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

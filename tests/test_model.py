@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.model import (
+from vit_lightning.model.vit import (
     Attention,
     AttentionPool,
     BlogBlock,

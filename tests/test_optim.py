@@ -10,8 +10,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vit_lightning.config import ModelConfig, OptimConfig
-from vit_lightning.model import ViT
-from vit_lightning.optim import FullPrecisionMuon, build_optimizer, build_schedule, ema_update
+from vit_lightning.model.vit import ViT
+from vit_lightning.recipe.optim import FullPrecisionMuon, build_optimizer, build_schedule, ema_update
 
 SMALL = ModelConfig(image_size=6, patch_size=3, channels=1, num_classes=5, embed_dim=8, layers=2, mlp_head_units=[7])
 
@@ -64,7 +64,7 @@ def batch_loss(net: nn.Module, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("model", [SMALL, replace(SMALL, image_size=8, patch_embed="conv", patch_size=4, stem_depth=1)])
 def test_muon_takes_the_matrices_of_blocks_and_stem_and_adamw_the_rest(model, monkeypatch):
     """Against two optimizers of torch's, each stepping by itself."""
-    monkeypatch.setattr("vit_lightning.optim.has_fast_bfloat16", lambda device: True)
+    monkeypatch.setattr("vit_lightning.recipe.optim.has_fast_bfloat16", lambda device: True)
     config = OptimConfig(name="muon", lr=0.01, muon_lr=0.05, ns_steps=3, weight_decay=0.1)
     nets = []
     for joined in (True, False):

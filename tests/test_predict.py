@@ -9,10 +9,10 @@ import torch
 from conftest import command, composed
 from PIL import Image
 
-from vit_lightning.checkpoint import load_classifier
+from vit_lightning.analysis.predict import predict
 from vit_lightning.config import InputError
-from vit_lightning.predict import predict
-from vit_lightning.sources import load_arrays
+from vit_lightning.data.sources import load_arrays
+from vit_lightning.recipe.weights import load_classifier
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import torch
 from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
+from vit_lightning.analysis.predictions import draw, measure, write_per_class, write_predictions
 from vit_lightning.config import AugmentConfig
-from vit_lightning.data import ImageData
-from vit_lightning.predictions import draw, measure, write_per_class, write_predictions
-from vit_lightning.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.data.module import ImageData
+from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
 
 NAMES = [f"class {index}" for index in range(7)]
 

@@ -13,8 +13,8 @@ import torch
 from conftest import command, composed
 
 from vit_lightning.config import InputError
-from vit_lightning.data import BatchIndices
-from vit_lightning.processes import placement
+from vit_lightning.data.module import BatchIndices
+from vit_lightning.runs.processes import placement
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "data.batch_size=64"]
@@ -103,7 +103,7 @@ def test_every_image_counts_once(runs, name):
 
 KILLED = """
 import os, runpy
-from vit_lightning.saving import Saver
+from vit_lightning.runs.checkpoints import Saver
 save = Saver._save
 def save_and_die(self, trainer, module, best=False):
     save(self, trainer, module, best)

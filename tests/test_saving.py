@@ -21,10 +21,11 @@ import yaml
 from conftest import command, composed, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning import runs
-from vit_lightning.checkpoint import load_classifier
+from vit_lightning.runs import run as runs
 from vit_lightning.config import InputError
-from vit_lightning.saving import SealedCheckpoints, newest_sound, read_checkpoint, write_whole
+from vit_lightning.files import SealedCheckpoints, read_checkpoint, write_whole
+from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.runs.checkpoints import newest_sound
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 RECIPE = [*TINY, "optim=muon", "augment=crop", "augment.mixup=0.2", "model.pool=mean", "model.zero_init=true"]
@@ -251,7 +252,7 @@ def test_a_signal_saves_the_run_which_then_ends_as_if_none_had_come(start, whole
 def test_a_second_ctrl_c_stops_at_once(start, tmp_path):
     """While the first one waits for the end of a validation that takes its time."""
     script = (
-        "import runpy, time; from vit_lightning.classifier import ViTClassifier\n"
+        "import runpy, time; from vit_lightning.recipe.classifier import ViTClassifier\n"
         "ViTClassifier.validation_step = lambda *_: time.sleep(60)\n"
         "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
     )
@@ -363,7 +364,7 @@ def test_a_loader_worker_that_dies_ends_the_run_with_the_cause(start, tmp_path, 
     script = f"""
 import os, runpy, signal
 from torch.utils.data import get_worker_info
-from vit_lightning.data import ArrayDataset
+from vit_lightning.data.module import ArrayDataset
 gather = ArrayDataset.__getitem__
 def dying(self, indices):
     if get_worker_info() is not None and 7 in indices: {fault}

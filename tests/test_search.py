@@ -17,7 +17,7 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from vit_lightning.config import InputError
-from vit_lightning.search import typed
+from vit_lightning.sweeps.search import typed
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=1", "model.mlp_head_units=[]"]
 SPACE = "{optim.lr: {low: 1.0e-4, high: 1.0e-2, log: true}, optim.weight_decay: {low: 0, high: 1, step: 0.1}}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from conftest import started
 
-from vit_lightning.record import provenance
+from vit_lightning.provenance import provenance
 
 RUN = [
     *("data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"),

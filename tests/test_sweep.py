@@ -14,7 +14,7 @@ import pytest
 from conftest import command
 
 from vit_lightning.config import InputError
-from vit_lightning.sweep import COLUMNS, summarise
+from vit_lightning.sweeps.table import COLUMNS, summarise
 
 
 def write_run(folder: Path, overrides: list[str], acc: float, **changes) -> None:

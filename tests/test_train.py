@@ -20,12 +20,12 @@ from conftest import command, composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning.augment import eval_transform
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
-from vit_lightning.dashboard import flatten
-from vit_lightning.data import ImageData
-from vit_lightning.train import train
+from vit_lightning.data.module import ImageData
+from vit_lightning.recipe.augment import eval_transform
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.runs.dashboard import flatten
+from vit_lightning.runs.fit import train
 
 SMALL = ["model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 
@@ -366,7 +366,7 @@ def test_ctrl_c_says_where_the_run_lies(start):
 def test_a_signal_during_the_test_says_so_too(start, number, code):
     before = set(start.glob("outputs/*/*"))
     script = (
-        "import runpy, signal; from vit_lightning.classifier import ViTClassifier as Classifier\n"
+        "import runpy, signal; from vit_lightning.recipe.classifier import ViTClassifier as Classifier\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"def interrupted(*_): signal.raise_signal({int(number)})\n"
         "Classifier.test_step = interrupted; runpy.run_module('vit_lightning.train', run_name='__main__')"

@@ -6,15 +6,15 @@ A mistake in the command line ends in one line on standard error and exit code 1
 import contextlib
 import difflib
 import errno
+import importlib
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, get_args
+from typing import Any, ClassVar, TypeVar
 
 import hydra
 from hydra.core.config_store import ConfigStore
@@ -41,6 +41,7 @@ from vit_lightning.config import (
     InputError,
     PredictConfig,
     SearchRun,
+    sections,
 )
 from vit_lightning.terminal import relative
 
@@ -57,14 +58,14 @@ MISTAKES = (InputError, OmegaConfBaseException, OSError)  # the user's to mend: 
 SchemaT = TypeVar("SchemaT")
 
 
-def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -> None:
+def run_command(task: str, schema: type) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run ``task`` on it, or a sweep of tasks.
 
     A job of a sweep that fails stops no other; what went wrong stays in its directory as ``error.txt``.
 
     Args:
-        task: takes the checked configuration and the run's directory; what it returns is what a sweeper maximises or
-            minimises.
+        task: ``module:function``, imported when the configuration is checked, so that a mistake is reported at once; it
+            takes the configuration and the run's directory, and returns what a sweeper maximises or minimises.
         schema: class of the configuration, one of ``SCHEMAS``, whose names are those of the primary files in ``conf/``.
     """
     [name] = [name for name, known in SCHEMAS.items() if known is schema]
@@ -82,13 +83,14 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
             if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
             (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
-            config = to_config(cfg, schema)
+            config: Any = to_config(cfg, schema)
             strategy = config.trainer.strategy if isinstance(config, Config) else "auto"
             if hydra_config.mode is RunMode.MULTIRUN and strategy != "auto":
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()
                 sys.exit(f"error: trainer.strategy={strategy} is for single runs; those of a sweep have one device")
-            return task(config, run_dir)
+            module, function = task.split(":")
+            return getattr(importlib.import_module(module), function)(config, run_dir)
         except Exception as error:
             mistake = isinstance(error, MISTAKES)
             if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
@@ -128,7 +130,7 @@ def run_command(task: Callable[[SchemaT, Path], float], schema: type[SchemaT]) -
     if SweepDirectory.path is not None and not jobs:
         sys.exit("error: the sweep has no job; a glob that fits no option gives none")
     if SweepDirectory.path is not None and any(SweepDirectory.path.rglob("summary.json")):
-        from vit_lightning.sweep import show
+        from vit_lightning.sweeps.table import show
 
         show(SweepDirectory.path)
     if failed:
@@ -191,14 +193,6 @@ def register_schemas() -> None:
         store.store(f"base_{name}", schema)
     for group, section in sections(Config).items():
         store.store("base_config", section, group=group)
-
-
-def sections(schema: type) -> dict[str, type]:
-    """The parts of a configuration: ``model``, ``data`` … and their schemas."""
-    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
-    return {
-        name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
-    }
 
 
 def to_config(cfg: DictConfig, schema: type[SchemaT]) -> SchemaT:

@@ -7,8 +7,8 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 
 import math
 import re
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, TypeVar, get_args
 
 
 class InputError(ValueError):
@@ -16,6 +16,10 @@ class InputError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may hold line breaks
+
+
+class MachineError(InputError):
+    """A fault of the machine, which any other configuration would meet too: a full disk, a process that died."""
 
 
 def _at_least(low: float, **values: float | None) -> None:
@@ -63,7 +67,7 @@ class ModelConfig:
     """The Vision Transformer (``model.…``).
 
     Attributes:
-        block: ``prenorm`` or ``blog`` (the tutorial's own block; see :mod:`vit_lightning.model`).
+        block: ``prenorm`` or ``blog`` (the tutorial's own block; see :mod:`vit_lightning.model.vit`).
         image_size: side of the square images the network sees, in pixels.
         patch_embed: ``unfold`` (a linear map of each patch) or ``conv`` (a convolutional stem).
         patch_size: side of a patch, in pixels; divides ``image_size``; for ``conv`` a power of two.
@@ -681,3 +685,11 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
             {f"{key}.{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
         )
     return flat
+
+
+def sections(schema: type) -> dict[str, type]:
+    """The parts of a configuration: ``model``, ``data`` … and their schemas."""
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
+    return {
+        name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
+    }

@@ -1,107 +1,12 @@
-"""Write a trained network into one file that others can run: ``python -m vit_lightning.export checkpoint=…``."""
-
-import json
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+"""Export a trained network to one file that other programs can run: ``python -m vit_lightning.export``."""
 
 from vit_lightning.cli import run_command
-from vit_lightning.config import ExportConfig, InputError
-
-if TYPE_CHECKING:
-    from vit_lightning.classifier import ViTClassifier
-
-TOLERANCE = 1e-4  # between logits
-BATCHES = (1, 64)  # whose speed is measured
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
-
-
-def export(config: ExportConfig, run_dir: Path) -> float:
-    """Export a checkpoint, check the export against PyTorch, and only then write it; compare the speeds of both.
-
-    The graph takes ``images`` (B, C, h, w) of uint8, of any number and size, resizes and normalises them, and gives
-    ``logits`` (B, classes). With it go ``class_names`` and ``config``, as JSON.
-
-    Returns:
-        The greatest difference between its logits and PyTorch's.
-
-    Raises:
-        InputError: if there is no such checkpoint, no library to export with, or the export differs from PyTorch.
-    """
-    import torch
-
-    from vit_lightning.checkpoint import load_classifier
-    from vit_lightning.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
-    from vit_lightning.terminal import print_files, print_table
-
-    classifier = load_classifier(config.checkpoint)
-    if config.format == "safetensors":
-        return export_weights(config, classifier, run_dir)
-    metadata = {
-        "class_names": json.dumps(classifier.hparams["class_names"]),
-        "config": json.dumps(classifier.hparams["model"]),
-    }
-    path = run_dir / FILES[config.format]
-    unchecked = run_dir / f"unchecked-{path.name}"
-    write = {"onnx": write_onnx, "torch_export": write_torch_export}[config.format]
-
-    @torch.inference_mode()
-    def pytorch(images: torch.Tensor) -> torch.Tensor:
-        return classifier(classifier.normalise(images))
-
-    try:
-        exported = write(trace(classifier), metadata, unchecked)
-        images = photographs(classifier.net.channels)
-        expected, logits = pytorch(images), exported(images)
-        difference = (logits - expected).abs().max().item()
-        if not difference <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
-            raise InputError(f"format={config.format}: logits differ from PyTorch's by {difference:.1e}; not written")
-        unchecked.rename(path)
-    finally:
-        unchecked.unlink(missing_ok=True)
-
-    rows = []
-    for name, run in (("PyTorch", pytorch), (config.format, exported)):
-        cells = []
-        for batch in BATCHES:
-            seconds = measure_speed(run, images[:batch], config.seconds)
-            cells += [f"{1000 * seconds:,.2f}", f"{batch / seconds:,.0f}"]
-        rows.append((name, *cells))
-    columns = (f"batch {batch}, {unit}" for batch in BATCHES for unit in ("ms", "images/s"))
-    print_table("speed on the CPU", ("", *columns), rows)
-    print(f"logits within {difference:.1e} of PyTorch's and top-1 the same on {len(images)} photographs")
-    print_files([path])
-    return difference
-
-
-def export_weights(config: ExportConfig, classifier: "ViTClassifier", run_dir: Path) -> float:
-    """Write the weights at half precision, with the record of the run where ``config.checkpoint`` is its directory.
-
-    Returns:
-        The greatest difference that half precision makes to a probability, over some photographs.
-    """
-    from vit_lightning.checkpoint import load_classifier, publish
-    from vit_lightning.graph import photographs
-    from vit_lightning.terminal import print_files
-
-    if config.data is not None:
-        classifier.hparams["data"] = asdict(config.data)
-    summary = Path(config.checkpoint).expanduser() / "summary.json"
-    record = json.loads(summary.read_text()) if summary.exists() else {}
-    path = run_dir / "model.safetensors"
-    publish(classifier, record, config.licence, path)
-    images = photographs(classifier.net.channels)
-    expected, half = classifier.classify(images), load_classifier(str(path)).classify(images)
-    difference = (half - expected).abs().max().item()
-    same = (half.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item()
-    print(f"probabilities within {difference:.1e} of the checkpoint's and top-1 the same on {same:.1%} of photographs")
-    print_files([path])
-    return difference
+from vit_lightning.config import ExportConfig
 
 
 def main() -> None:
     """Run the command."""
-    run_command(export, ExportConfig)
+    run_command("vit_lightning.analysis.export:export", ExportConfig)
 
 
 if __name__ == "__main__":

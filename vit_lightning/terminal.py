@@ -5,7 +5,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from lightning_utilities.core.rank_zero import rank_zero_only
+from rich.box import HEAVY_HEAD  # what ends in a mistake needs no tables
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
 T = TypeVar("T")
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes."""
+    return not getattr(rank_zero_only, "rank", 0)
 
 
 def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:
@@ -17,10 +28,6 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         rows: as long as ``header`` each; an empty one for a rule.
         left: columns that are words, aligned left and broken where the terminal is narrow; the others are numbers.
     """
-    from rich.box import HEAVY_HEAD  # what ends in a mistake needs no tables
-    from rich.console import Console
-    from rich.table import Table
-
     terminal = sys.stdout.isatty()
     width = None if terminal else 10_000  # no window: a row a line
     console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)  # [x] in a name is no style
@@ -41,9 +48,6 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
     """The items, with a progress bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import track
-
     console = Console(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 

@@ -12,14 +12,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
-from vit_lightning.augment import denormalise
-from vit_lightning.classifier import ViTClassifier
+from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
+from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity
+from vit_lightning.analysis.predictions import draw, predict_split
 from vit_lightning.config import Config, flatten
-from vit_lightning.data import ImageData
-from vit_lightning.explain import attention_maps, attention_rollout, on_patches, position_similarity
-from vit_lightning.figures import draw_attention, draw_images, draw_position_similarity
-from vit_lightning.optim import total_norm
-from vit_lightning.predictions import draw, predict_split
+from vit_lightning.data.module import ImageData
+from vit_lightning.recipe.augment import denormalise
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.optim import total_norm
 
 # One chart for training and validation, in the custom-scalars tab.
 LAYOUT = {  # tags are regular expressions

@@ -12,11 +12,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from vit_lightning.cli import overrides, sections
-from vit_lightning.config import Config, InputError, flatten
-from vit_lightning.processes import is_first
-from vit_lightning.saving import MachineError, newest_sound, unwritable
-from vit_lightning.terminal import relative
+from vit_lightning.cli import overrides
+from vit_lightning.config import Config, InputError, MachineError, flatten, sections
+from vit_lightning.files import unwritable
+from vit_lightning.runs.checkpoints import newest_sound
+from vit_lightning.terminal import is_first, relative
 
 # What may be otherwise when a run goes on: where it runs, and what changes none of its numbers.
 FREE = (

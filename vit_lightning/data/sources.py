@@ -16,10 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import sklearn
 import torch
 from filelock import FileLock
 from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
 from torch import Tensor
+from torchvision import datasets
 
 from vit_lightning.config import DataConfig, InputError
 from vit_lightning.terminal import with_bar
@@ -124,8 +128,6 @@ def cifar(name: str, root: Path) -> Source:
 
     Its images come class by class and by their names, as from a folder of them, so that both give the same splits.
     """
-    from torchvision import datasets
-
     kind: type[datasets.CIFAR10] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
     folder = root / kind.base_folder
     names = [file for file, _ in [*kind.train_list, *kind.test_list]] + [kind.meta["filename"]]
@@ -159,11 +161,8 @@ def digits() -> Source:
 
     They have no test set of their own: a fifth of each class is one, drawn with a fixed seed.
     """
-    import sklearn
 
     def decode() -> Decoded:
-        from sklearn.datasets import load_digits
-        from sklearn.model_selection import train_test_split
 
         data = load_digits()
         images = np.rint(data.images * (255 / 16)).astype(np.uint8)[:, None]

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.overrides import TorchFunctionMode
 
 from vit_lightning.config import OptimConfig
-from vit_lightning.machine import has_fast_bfloat16
-from vit_lightning.model import Conv
+from vit_lightning.devices import has_fast_bfloat16
+from vit_lightning.model.vit import Conv
 
 
 def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError
+from vit_lightning.recipe.classifier import ViTClassifier
 
 Run = Callable[[Tensor], Tensor]  # uint8 images (B, C, h, w) to logits (B, classes)
 
@@ -76,8 +77,6 @@ def write_torch_export(program: ExportedProgram, metadata: dict[str, str], path:
 
 def photographs(channels: int) -> Tensor:
     """Pieces of two photographs that scikit-learn carries: (120, channels, 64, 64), uint8."""
-    from sklearn.datasets import load_sample_images
-
     pieces = []
     for image in load_sample_images().images:  # (427, 640, 3)
         grid = image[:384].reshape(6, 64, 10, 64, 3).transpose(0, 2, 4, 1, 3).reshape(60, 3, 64, 64)

@@ -9,15 +9,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from vit_lightning.config import Config, InputError
-
-
-def is_first() -> bool:
-    """Whether this process is the one that prints and writes."""
-    return not getattr(rank_zero_only, "rank", 0)
 
 
 def agree_on(run_dir: Path) -> Path:

@@ -6,6 +6,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,11 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
-from vit_lightning.augment import eval_transform, resize
-from vit_lightning.callbacks import timer_of
 from vit_lightning.config import ModelConfig, OptimConfig
-from vit_lightning.model import ViT
-from vit_lightning.optim import build_optimizer, build_schedule
+from vit_lightning.model.vit import ViT
+from vit_lightning.recipe.augment import eval_transform, resize
+from vit_lightning.recipe.optim import build_optimizer, build_schedule
 
 
 class ViTClassifier(L.LightningModule):
@@ -179,3 +179,9 @@ class ViTClassifier(L.LightningModule):
         elapsed = self.progress if config.clock == "time" else None
         schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches), elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def timer_of(trainer: L.Trainer) -> Timer | None:
+    """The callback that keeps ``trainer.max_time``, where it is set."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)

@@ -2,12 +2,19 @@
 
 import ctypes
 import logging
+import math
 import sys
+import time
 import warnings
 from dataclasses import replace
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 from vit_lightning.config import InputError, TrainerConfig
 
@@ -107,3 +114,19 @@ def quiet_lightning() -> None:
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def memory(device: torch.device) -> float:
+    """Bytes that the run has held at most: of the GPU that trains, else of the process."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def now() -> float:
+    """A clock in seconds that first waits for the steps that an accelerator has queued."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()

@@ -4,25 +4,20 @@ import csv
 import json
 import math
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, Timer, WeightAveraging
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
+from vit_lightning.analysis.figures import draw_curves
 from vit_lightning.config import InputError
-from vit_lightning.figures import draw_curves
-from vit_lightning.optim import total_norm
+from vit_lightning.devices import memory, now
+from vit_lightning.recipe.classifier import timer_of
+from vit_lightning.recipe.optim import total_norm
 from vit_lightning.terminal import relative
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 METRICS = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
 COLUMNS = ("epoch", "step", "seconds", "lr", *METRICS, "train/images_per_second")
@@ -304,25 +299,3 @@ def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
     parts.append(f"{row['train/images_per_second']:,.0f} images/s")
     parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
     return "  ".join(parts)
-
-
-def timer_of(trainer: L.Trainer) -> Timer | None:
-    """The callback that keeps ``trainer.max_time``, where it is set."""
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
-
-
-def memory(device: torch.device) -> float:
-    """Bytes that the run has held at most: of the GPU that trains, else of the process."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def now() -> float:
-    """A clock in seconds that first waits for the steps that an accelerator has queued."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return time.perf_counter()

@@ -7,19 +7,20 @@ from typing import Any, cast
 import lightning as L
 import numpy as np
 import torch
+from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vit_lightning.augment import eval_transform, mix, train_transform
 from vit_lightning.config import AugmentConfig, ConfigT, DataConfig, InputError
-from vit_lightning.sources import ImageArrays, load_arrays
+from vit_lightning.data.sources import ImageArrays, load_arrays
+from vit_lightning.recipe.augment import eval_transform, mix, train_transform
 
 
 class ImageData(L.LightningDataModule):
     """Images of one source as batches of normalised floats.
 
     Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
-    float32 (B, C, S, S) by :mod:`vit_lightning.augment`. In validation and test every image counts once. With
+    float32 (B, C, S, S) by :mod:`vit_lightning.recipe.augment`. In validation and test every image counts once. With
     ``data.workers=0``, on a GPU whose free memory is more than twice as large as the images, they lie there, and no
     batch is copied.
 
@@ -188,8 +189,6 @@ def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
         if not 0 < n_val < n_test:
             raise InputError(f"data.split=blog cannot split {n_test} test image(s) 70/30; use data.split=standard")
         return {"train": torch.arange(n_train), "val": order[:n_val], "test": order[n_val:]}
-
-    from sklearn.model_selection import train_test_split
 
     try:
         train, val = train_test_split(

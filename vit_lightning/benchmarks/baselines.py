@@ -2,7 +2,7 @@
 
 The tutorial's network is ``model=vit``'s with the tutorial's choices of implementation: attention by
 :class:`torch.nn.MultiheadAttention` with weights that nobody reads, every token through the last block, stock dropout;
-the images go one at a time through PIL transforms in loader workers. Axes as in :mod:`vit_lightning.model`.
+the images go one at a time through PIL transforms in loader workers. Axes as in :mod:`vit_lightning.model.vit`.
 """
 
 from importlib.util import find_spec

@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vit_lightning.classifier import ViTClassifier
 from vit_lightning.config import InputError, ModelConfig
-from vit_lightning.model import resize_positions
-from vit_lightning.processes import is_first
-from vit_lightning.saving import read_checkpoint
+from vit_lightning.files import read_checkpoint
+from vit_lightning.model.vit import resize_positions
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.terminal import is_first
 
-PRETRAINED = Path(__file__).with_name("pretrained.safetensors")
+PRETRAINED = Path(__file__).parent.parent / "pretrained.safetensors"
 
 # What two networks must share for the weights of one to fit the other; channels, positions and head are made to fit.
 SHAPE = (

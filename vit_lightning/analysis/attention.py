@@ -1,6 +1,6 @@
 """What a trained network looks at: attention maps, their rollout, and how alike its positions are.
 
-Axes as in :mod:`vit_lightning.model`; L layers.
+Axes as in :mod:`vit_lightning.model.vit`; L layers.
 """
 
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vit_lightning.model import Attention, ViT
+from vit_lightning.model.vit import Attention, ViT
 
 
 @torch.no_grad()

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from vit_lightning.classifier import ViTClassifier
+from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability
 from vit_lightning.config import InputError
-from vit_lightning.data import ImageData
-from vit_lightning.figures import draw_confusion, draw_images, draw_per_class, draw_reliability
-from vit_lightning.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.data.module import ImageData
+from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import with_bar
 
 WORST = 10  # classes and pairs that are listed

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from vit_lightning.augment import train_transform
-from vit_lightning.baselines import TutorialImages, TutorialViT, library, tutorial_loader
-from vit_lightning.callbacks import now
-from vit_lightning.classifier import ViTClassifier
+from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, library, tutorial_loader
 from vit_lightning.config import BenchmarkConfig, BenchmarkRun
-from vit_lightning.data import ImageData
-from vit_lightning.machine import compile_network, quiet_lightning, spare_memory_work
-from vit_lightning.model import ViT
+from vit_lightning.data.module import ImageData
+from vit_lightning.devices import compile_network, now, quiet_lightning, spare_memory_work
+from vit_lightning.model.vit import ViT
+from vit_lightning.recipe.augment import train_transform
+from vit_lightning.recipe.classifier import ViTClassifier
 
 OURS, TUTORIAL, PIL = "vit_lightning", "the tutorial's script", "PIL and torchvision, one worker"
 
@@ -37,7 +36,7 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
     """Make this process a contestant.
 
     Args:
-        name: ``OURS``, ``TUTORIAL``, ``PIL`` or one of :func:`vit_lightning.baselines.installed`.
+        name: ``OURS``, ``TUTORIAL``, ``PIL`` or one of :func:`vit_lightning.benchmarks.baselines.installed`.
         config: the classes and channels of its model are set.
         device: where all run.
 

@@ -1,0 +1,146 @@
+"""Name what pictures show: ``python -m vit_lightning.predict checkpoint=… images=…``."""
+
+import csv
+import glob
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
+from vit_lightning.analysis.figures import draw_attention
+from vit_lightning.config import InputError, PredictConfig
+from vit_lightning.data.sources import SUFFIXES, decode_image
+from vit_lightning.devices import evaluation_device
+from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.terminal import print_files, print_table, with_bar
+
+BATCH = 64
+DRAWN = 24  # images at most in the attention picture
+
+
+def predict(config: PredictConfig, run_dir: Path) -> float:
+    """Classify pictures, print a table, and write ``predictions.json`` and ``predictions.csv`` into ``run_dir``.
+
+    A file that cannot be read is named; the others are still classified, and the exit code is 1.
+
+    Returns:
+        The mean probability of the likeliest classes, in [0, 1].
+
+    Raises:
+        InputError: if there is no such checkpoint, or no picture that can be read.
+    """
+    classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
+    paths, unreadable = find_images(config.images)
+    size, channels = classifier.net.image_size, classifier.net.channels
+    rows: list[dict[str, Any]] = []
+    seen: list[torch.Tensor] = []  # the images that are drawn
+    starts = range(0, len(paths), BATCH)
+    for start in with_bar(starts, "Predicting", len(starts)):
+        files, arrays = [], []
+        for path in paths[start : start + BATCH]:
+            try:
+                arrays.append(decode_image(path, size, channels))
+                files.append(path)
+            except InputError as error:
+                unreadable.append(str(error))
+        if files:
+            images = torch.from_numpy(np.stack(arrays))
+            rows += describe(classifier, images, files, config)
+            seen += images[: DRAWN - len(seen)]
+    for message in unreadable:
+        print(f"error: {message}", file=sys.stderr)
+    if not rows:
+        raise InputError("no picture was read; images= takes files, directories and globs of PNG, JPEG, WebP and GIF")
+
+    (run_dir / "predictions.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_csv(run_dir / "predictions.csv", rows)
+    written = ["predictions.json", "predictions.csv"]
+    if config.attention:
+        draw(classifier, torch.stack(seen), rows, run_dir / "attention.png")
+        written.append("attention.png")
+        if len(rows) > len(seen):
+            print(f"attention.png shows the first {len(seen)} of {len(rows)} images")
+    show(rows)
+    print_files(run_dir / name for name in written)
+    if unreadable:
+        sys.exit(f"error: {len(unreadable)} of {len(unreadable) + len(rows)} files were not read, as said above")
+    return sum(row["predictions"][0]["probability"] for row in rows) / len(rows)
+
+
+def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
+    """The picture files that files, directories and globs name, each once, and what names nothing."""
+    suffixes = SUFFIXES | {".gif"}
+    paths: dict[Path, None] = {}
+    nothing = []
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+        elif path.exists():
+            found = [path]
+        else:
+            names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
+            found = sorted(Path(name) for name in names if Path(name).is_file())
+        if not found:
+            nothing.append(f"images={pattern} names no picture")
+        paths.update(dict.fromkeys(found))
+    return list(paths), nothing
+
+
+def describe(
+    classifier: ViTClassifier, images: torch.Tensor, files: list[Path], config: PredictConfig
+) -> list[dict[str, Any]]:
+    """For each image its file and its likeliest classes."""
+    names: list[str] = classifier.hparams["class_names"]
+    top = classifier.classify(images, config.tta).topk(min(config.top, len(names)), dim=1)
+    return [
+        {
+            "file": str(path),
+            "predictions": [
+                {"class": names[index], "probability": share} for index, share in zip(indices, shares, strict=True)
+            ],
+        }
+        for path, indices, shares in zip(files, top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, Any]], path: Path) -> None:
+    """Where the network looked in the first images: the rollout, and the heads' mean in the last block."""
+    maps = attention_maps(classifier.net, classifier.normalise(images))
+    last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
+    overlays = torch.stack([on_patches(classifier.net, rollout), last], dim=1).cpu().numpy()
+    best = [row["predictions"][0] for row in rows[: len(images)]]
+    files = [_shorten(Path(row["file"]).name) for row in rows[: len(images)]]
+    titles = [f"{file}\n{guess['class']} {guess['probability']:.0%}" for file, guess in zip(files, best, strict=True)]
+    pictures = images.permute(0, 2, 3, 1).numpy() / 255
+    draw_attention(pictures, overlays, ["rollout", "last block"], titles).savefig(path)
+
+
+def _shorten(name: str, length: int = 24) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A row for each image: file, then class and probability, the likeliest first."""
+    count = len(rows[0]["predictions"])
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        numbers = range(1, count + 1)
+        writer.writerow(["file", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))])
+        for row in rows:
+            pairs = [value for guess in row["predictions"] for value in guess.values()]
+            writer.writerow([row["file"], *pairs])
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the classes of each image."""
+    cells = []
+    for row in rows:
+        guesses = (f"{guess['class']} {guess['probability']:.1%}" for guess in row["predictions"])
+        cells.append((row["file"], ", ".join(guesses)))
+    print_table(f"{len(rows)} images", ("file", "likeliest classes"), cells, left=2)

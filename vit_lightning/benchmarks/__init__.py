@@ -1,0 +1,1 @@
+"""Speed of this project next to a plain script and other libraries."""

@@ -1,0 +1,1 @@
+"""Data sources, their cache, splits and batches."""

@@ -1,0 +1,1 @@
+"""How a network is trained: transforms, optimizer, LightningModule, weights to start from."""

@@ -1,0 +1,1 @@
+"""A training run: its directory, callbacks, checkpoints and dashboard."""
