@@ -118,6 +118,7 @@ def server(digits_run, tmp_path_factory):
         process.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     BROWSER is None and "REQUIRE_BROWSER" not in os.environ, reason="needs Chromium (apt-get install chromium)"
 )

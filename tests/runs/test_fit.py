@@ -362,6 +362,7 @@ def test_ctrl_c_says_where_the_run_lies(start):
     assert (run / "curves.png").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_during_the_test_says_so_too(start, number, code):
     before = set(start.glob("outputs/*/*"))
@@ -409,6 +410,7 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
     assert list(tmp_path.glob("outputs/*/*")) == []
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
     arguments = ["experiment=quickstart", "trainer=debug", *SMALL, "model.layers=1"]
@@ -418,6 +420,7 @@ def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
     assert not torch.equal(weights_of(run)["net.head.0.weight"], weights_of(plain)["net.head.0.weight"])  # other masks
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
     arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", "trainer=debug", *SMALL, "compile=true"]

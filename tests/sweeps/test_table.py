@@ -90,6 +90,7 @@ def test_a_mistake_is_one_line(tmp_path, arguments, message):
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.mlp_head_units=[16]", "dashboard=curves"]
 
 
+@pytest.mark.slow
 def test_jobs_side_by_side_share_the_cores(tmp_path):
     launcher = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
     grid = ["model.heads=2,4,5", "model.layers=1", "trainer=debug"]
@@ -107,6 +108,7 @@ def test_jobs_side_by_side_share_the_cores(tmp_path):
         assert len(list(csv.DictReader(file))) == 2
 
 
+@pytest.mark.slow
 def test_a_job_that_slurm_preempts_goes_on_when_it_is_requeued(tmp_path):
     """By submitit's local stand-in for SLURM, which sends the same signal and requeues in the same way."""
     launcher = ["-m", "hydra/launcher=submitit_local", "hydra.sweep.dir=sweep"]

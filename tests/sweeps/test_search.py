@@ -72,6 +72,7 @@ def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path)
     assert shown["study_name"] == "study"
 
 
+@pytest.mark.slow
 def test_a_dead_workers_trial_is_taken_up_where_it_stopped(tmp_path):
     arguments = [*SHORT, "search.trials=2", "search.heartbeat=1", "search.prune=false", "trainer.max_epochs=6"]
     killed = [sys.executable, "-m", "vit_lightning.search", *arguments]
@@ -148,6 +149,7 @@ def test_what_is_none_is_typed_as_null():
     assert typed({"model.layer_scale": None, "optim.lr": 0.1}) == ["model.layer_scale=null", "optim.lr=0.1"]
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_study(tmp_path):
     arguments = [sys.executable, "-m", "vit_lightning.search", *SHORT, "search.trials=4", "search.prune=false"]
     workers = [subprocess.Popen(arguments, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(2)]

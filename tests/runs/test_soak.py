@@ -1,6 +1,6 @@
 """A run of many short epochs: memory, open files and speed stay as they are.
 
-``python tests/test_soak.py EPOCHS DIR`` is the long form; DIR then holds the run and ``soak.json``.
+``python tests/runs/test_soak.py EPOCHS DIR`` is the long form; DIR then holds the run and ``soak.json``.
 """
 
 import csv
@@ -10,9 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 from conftest import started
 
 from vit_lightning.provenance import provenance
+
+pytestmark = pytest.mark.slow
 
 RUN = [
     *("data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"),

@@ -104,6 +104,8 @@ def test_every_image_counts_once(runs, name):
 KILLED = """
 import os, runpy
 from vit_lightning.runs.checkpoints import Saver
+
+pytestmark = pytest.mark.slow
 save = Saver._save
 def save_and_die(self, trainer, module, best=False):
     save(self, trainer, module, best)

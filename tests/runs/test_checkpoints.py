@@ -21,10 +21,10 @@ import yaml
 from conftest import command, composed, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning.runs import run as runs
 from vit_lightning.config import InputError
 from vit_lightning.files import SealedCheckpoints, read_checkpoint, write_whole
 from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.runs import run as runs
 from vit_lightning.runs.checkpoints import newest_sound
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
@@ -172,6 +172,7 @@ def assert_same_run(run: Path, other: Path) -> None:
         assert ours[key] == theirs[key], key
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(start, whole, tmp_path):
     """By SIGKILL, twenty times and more, while it saves after every step.
 
@@ -289,6 +290,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(start, whole, small_disk, tmp_path):
     run = small_disk / "run"
     process, (_, errors) = started(

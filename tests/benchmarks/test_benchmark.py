@@ -10,6 +10,8 @@ from conftest import composed
 from vit_lightning.benchmarks.benchmark import benchmark, spread, training_flops
 from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
 
+pytestmark = pytest.mark.slow
+
 SMALL = [
     "model.image_size=12",
     "model.patch_size=4",

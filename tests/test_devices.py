@@ -30,6 +30,7 @@ def test_auto_is_mixed_precision_where_the_processor_has_instructions_for_it(ins
     assert settle_precision(TrainerConfig(accelerator="cpu", precision="bf16-mixed")).precision == "bf16-mixed"
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_a_compiled_network_is_compiled_and_gives_the_same_logits(capsys):
     config = ModelConfig(
