@@ -9,6 +9,7 @@ import errno
 import importlib
 import os
 import re
+import shlex
 import sys
 import time
 import traceback
@@ -39,6 +40,7 @@ from vit_lightning.config import (
     EvaluateConfig,
     ExportConfig,
     InputError,
+    Invocation,
     PredictConfig,
     SearchRun,
     sections,
@@ -90,14 +92,17 @@ def run_command(task: str, schema: type) -> None:
                     run_dir.rmdir()
                 sys.exit(f"error: trainer.strategy={strategy} is for single runs; those of a sweep have one device")
             module, function = task.split(":")
-            return getattr(importlib.import_module(module), function)(config, run_dir)
+            invocation = Invocation(
+                _command_again(), list(hydra_config.overrides.task), lambda more: _composed(more, name, schema)
+            )
+            return getattr(importlib.import_module(module), function)(config, run_dir, invocation=invocation)
         except Exception as error:
             mistake = isinstance(error, MISTAKES)
             if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
                 text = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
                 print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
                 with contextlib.suppress(OSError):  # of a directory that cannot be written
-                    (run_dir / "error.txt").write_text(f"{' '.join(overrides())}\n{text}\n")
+                    (run_dir / "error.txt").write_text(f"{' '.join(hydra_config.overrides.task)}\n{text}\n")
             elif mistake and "debug=true" not in typed:
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()  # only if it came before the first file
@@ -211,9 +216,28 @@ def to_config(cfg: DictConfig, schema: type[SchemaT]) -> SchemaT:
     return config
 
 
-def overrides() -> list[str]:
-    """What the command line, or a sweep for this job of it, set: ``["model.layers=4", "seed=1"]``."""
-    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+def _command_again() -> str:
+    """The command of this process, or of this job of a sweep, as it can be typed again."""
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode is RunMode.MULTIRUN:
+        return shlex.join(["python", "-m", f"vit_lightning.{hydra_config.job.name}", *hydra_config.overrides.task])
+    main = sys.modules["__main__"].__spec__
+    program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
+    return shlex.join([*program, *sys.argv[1:]])
+
+
+def _composed(overrides: list[str], name: str, schema: type[SchemaT]) -> SchemaT:
+    """The checked configuration that other settings than the command line's give.
+
+    Raises:
+        InputError: if a key is unknown, or values do not go together.
+    """
+    try:
+        return to_config(hydra.compose(name, overrides), schema)
+    except InputError:
+        raise
+    except Exception as error:  # Hydra and OmegaConf have many
+        raise InputError(one_line(error, schema).removeprefix("error: ")) from error
 
 
 def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str:

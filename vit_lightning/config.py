@@ -7,6 +7,9 @@ key as it is typed on the command line. Nothing here imports torch, so that a mi
 
 import math
 import re
+import shlex
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args
 
@@ -675,6 +678,31 @@ class ExportConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """How a task was called: by a command line or from Python.
+
+    Attributes:
+        command: as it can be typed again.
+        overrides: settings of the command line, as in ``["model.layers=4", "seed=1"]``; ``None`` if called from Python.
+        compose: the checked configuration that other settings give; ``None`` if called from Python.
+    """
+
+    command: str
+    overrides: list[str] | None = None
+    compose: Callable[[list[str]], Any] | None = None
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys and groups that the command line sets."""
+        return {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in self.overrides or ()}
+
+
+def from_python() -> Invocation:
+    """The invocation of a task that a program or notebook calls."""
+    return Invocation(shlex.join(["python", *sys.argv]))
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:

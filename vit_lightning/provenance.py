@@ -3,23 +3,19 @@
 import datetime
 import os
 import platform
-import shlex
 import subprocess
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
-from vit_lightning.cli import overrides
+from vit_lightning.config import Invocation
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy", "pillow", "scikit-learn")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(invocation: Invocation) -> dict[str, Any]:
     """What someone else needs to know to get the same numbers again.
 
     Returns:
@@ -27,21 +23,12 @@ def provenance() -> dict[str, Any]:
         ``conf/`` differed from it; ``None`` outside a repository), ``libraries`` (name to version), ``hardware``.
     """
     return {
-        "command": command(),
+        "command": invocation.command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_commit": git_commit(),
         "libraries": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "hardware": hardware(),
     }
-
-
-def command() -> str:
-    """The command of this process, or of this job of a sweep, as it can be typed again."""
-    if HydraConfig.initialized() and HydraConfig.get().mode is RunMode.MULTIRUN:
-        return shlex.join(["python", "-m", f"vit_lightning.{HydraConfig.get().job.name}", *overrides()])
-    main = sys.modules["__main__"].__spec__
-    program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
-    return shlex.join([*program, *sys.argv[1:]])
 
 
 def git_commit() -> str | None:

@@ -21,7 +21,7 @@ import yaml
 from conftest import command, composed, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning.config import InputError
+from vit_lightning.config import InputError, Invocation
 from vit_lightning.files import SealedCheckpoints, read_checkpoint, write_whole
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.runs import run as runs
@@ -443,7 +443,7 @@ def test_a_run_goes_on_with_the_images_that_it_began_with(start, tmp_path):
         (["trainer=default"], None),
     ],
 )
-def test_what_is_set_otherwise_when_a_run_goes_on_is_refused(start, monkeypatch, arguments, message):
+def test_what_is_set_otherwise_when_a_run_goes_on_is_refused(start, arguments, message):
     folder = start / "own"
     if not folder.exists():
         write(folder / "checkpoints" / "last.ckpt", global_step=7)
@@ -451,15 +451,14 @@ def test_what_is_set_otherwise_when_a_run_goes_on_is_refused(start, monkeypatch,
         config["model"].update(num_classes=10, channels=1)
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
     typed = [f"resume={folder}", *arguments]
-    monkeypatch.setattr(runs, "overrides", lambda: typed)
-    given = composed(*typed)
+    given, invocation = composed(*typed), Invocation("", typed)
     if message is None:
-        run = runs.find_run(given, folder)
+        run = runs.find_run(given, folder, invocation)
         assert (run.step, run.config.optim.lr, run.config.save_minutes) == (7, 3e-4, 1)
         assert run.config.trainer.accelerator == ("auto" if "trainer=default" in arguments else "cpu")
     else:
         with pytest.raises(InputError, match=re.escape(message)):
-            runs.find_run(given, folder)
+            runs.find_run(given, folder, invocation)
 
 
 @pytest.mark.parametrize("damaged", [["last.ckpt"], ["last.ckpt", "last-previous.ckpt"]])

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import started
 
+from vit_lightning.config import from_python
 from vit_lightning.provenance import provenance
 
 pytestmark = pytest.mark.slow
@@ -73,6 +74,6 @@ def test_memory_and_open_files_stay_as_they_are(tmp_path):
 if __name__ == "__main__":
     home = Path(sys.argv[2])
     home.mkdir(parents=True, exist_ok=True)
-    report = {**provenance(), **soak(int(sys.argv[1]), home)}
+    report = {**provenance(from_python()), **soak(int(sys.argv[1]), home)}
     (home / "soak.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report["parts"], indent=2))

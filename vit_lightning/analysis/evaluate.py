@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.predictions import draw, measure, predict_split, write_per_class, write_predictions
-from vit_lightning.cli import overrides
-from vit_lightning.config import AugmentConfig, DataConfig, EvaluateConfig, InputError
+from vit_lightning.config import AugmentConfig, DataConfig, EvaluateConfig, InputError, Invocation, from_python
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import evaluation_device
 from vit_lightning.provenance import provenance
@@ -16,7 +15,7 @@ from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.terminal import print_files, print_table
 
 
-def evaluate(config: EvaluateConfig, run_dir: Path) -> float:
+def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Evaluate a checkpoint on one split, print the tables and write reports and figures into ``run_dir``.
 
     Returns:
@@ -26,14 +25,14 @@ def evaluate(config: EvaluateConfig, run_dir: Path) -> float:
         InputError: if there is no such checkpoint, or the images' classes are not its own.
     """
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
-    chosen = chosen_data(config, classifier)
+    chosen = chosen_data(config, classifier, invocation.keys if invocation else set())
     # No batch of training images is drawn, so that their number does not matter.
     data = ImageData(replace(chosen, batch_size=1), AugmentConfig(), classifier.net.image_size)
     data.setup()
     probabilities, labels = predict_split(classifier, data, config.split, config.tta)
     names: list[str] = classifier.hparams["class_names"]
     report = {
-        **provenance(),
+        **provenance(invocation or from_python()),
         "checkpoint": config.checkpoint,
         "data": asdict(chosen),
         "split": config.split,
@@ -52,7 +51,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path) -> float:
     return report["acc"]
 
 
-def chosen_data(config: EvaluateConfig, classifier: ViTClassifier) -> DataConfig:
+def chosen_data(config: EvaluateConfig, classifier: ViTClassifier, typed: set[str]) -> DataConfig:
     """The images to evaluate on: those that the classifier was trained on, or others, split as those unless typed.
 
     Raises:
@@ -65,7 +64,6 @@ def chosen_data(config: EvaluateConfig, classifier: ViTClassifier) -> DataConfig
                 f"checkpoint={config.checkpoint} does not say what it was trained on; set data, as in data=cifar100"
             )
         return DataConfig(**own)
-    typed = {item.partition("=")[0] for item in overrides()}
     if own is None or not typed:  # in Python, config.data is as its maker wants it
         return config.data
     split = {key: own[key] for key in ("split", "val_fraction", "split_seed") if f"data.{key}" not in typed}

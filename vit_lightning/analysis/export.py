@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from vit_lightning.analysis.graph import photographs
-from vit_lightning.config import ExportConfig, InputError
+from vit_lightning.config import ExportConfig, InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier, publish
 from vit_lightning.terminal import print_files, print_table
@@ -17,7 +17,7 @@ BATCHES = (1, 64)  # whose speed is measured
 FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 
 
-def export(config: ExportConfig, run_dir: Path) -> float:
+def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Export a checkpoint, check the export against PyTorch, and only then write it; compare the speeds of both.
 
     The graph takes ``images`` (B, C, h, w) of uint8, of any number and size, resizes and normalises them, and gives

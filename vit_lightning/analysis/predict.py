@@ -12,7 +12,7 @@ import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
 from vit_lightning.analysis.figures import draw_attention
-from vit_lightning.config import InputError, PredictConfig
+from vit_lightning.config import InputError, Invocation, PredictConfig
 from vit_lightning.data.sources import SUFFIXES, decode_image
 from vit_lightning.devices import evaluation_device
 from vit_lightning.recipe.classifier import ViTClassifier
@@ -23,7 +23,7 @@ BATCH = 64
 DRAWN = 24  # images at most in the attention picture
 
 
-def predict(config: PredictConfig, run_dir: Path) -> float:
+def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Classify pictures, print a table, and write ``predictions.json`` and ``predictions.csv`` into ``run_dir``.
 
     A file that cannot be read is named; the others are still classified, and the exit code is 1.

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_lightning.analysis.figures import draw_benchmark
 from vit_lightning.benchmarks.baselines import installed
 from vit_lightning.benchmarks.contestants import OURS, PIL, TUTORIAL, measure, operator_shares, prepare, sizes
-from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
+from vit_lightning.config import BenchmarkRun, InputError, Invocation, ModelConfig, from_python
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import check_accelerator, quiet_lightning
 from vit_lightning.model.vit import ViT
@@ -35,7 +35,7 @@ from vit_lightning.terminal import print_files, print_table
 TRAIN = [sys.executable, "-m", "vit_lightning.train"]
 
 
-def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
+def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Measure everything, print the tables, and write ``benchmark.json`` and ``benchmark.png``.
 
     Returns:
@@ -50,7 +50,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path) -> float:
 
     quiet_lightning()
     check_accelerator(config.trainer)
-    record = provenance()
+    record = provenance(invocation or from_python())
     data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
     data.setup()
     config = follow_data(config, data)

@@ -7,7 +7,6 @@ that a mistake in it is reported at once.
 import contextlib
 import json
 import math
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,8 +23,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from matplotlib.figure import Figure
 
 from vit_lightning.analysis.figures import draw_patches
-from vit_lightning.cli import overrides
-from vit_lightning.config import Config, InputError, MachineError, TrainerConfig
+from vit_lightning.config import Config, InputError, Invocation, MachineError, TrainerConfig, from_python
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import (
     check_accelerator,
@@ -52,7 +50,7 @@ def train(
     config: Config,
     run_dir: Path,
     report: Callable[[int, float], None] | None = None,
-    settings: list[str] | None = None,
+    invocation: Invocation | None = None,
 ) -> float:
     """Train, test the best checkpoint, and write everything a run leaves into ``run_dir``.
 
@@ -60,7 +58,7 @@ def train(
         config: of the run.
         run_dir: where nothing lies yet, or this very run, which then goes on where it stopped.
         report: is called after every validation with the epoch, from 1, and ``val/acc``; what it raises ends the run.
-        settings: overrides that give this run, where they are not those of the command line.
+        invocation: the command that asked for the run; ``None`` if called from Python.
 
     Returns:
         The best ``val/acc``, in [0, 1], for a sweeper to maximise.
@@ -71,8 +69,9 @@ def train(
     quiet_lightning()
     spare_memory_work()
 
+    invocation = invocation or from_python()
     config = replace(config, trainer=settle_precision(config.trainer))
-    with hold(config, agree_on(run_dir)) as run:
+    with hold(config, agree_on(run_dir), invocation) as run:
         if run.result is not None:
             if is_first():
                 print(f"{relative(run.folder)} holds this run, which came to its end: val/acc {run.result:.1%}")
@@ -80,10 +79,7 @@ def train(
         if run.checkpoint is not None and is_first():
             print(f"{relative(run.folder)} holds this run, which was interrupted; it goes on")
         check_accelerator(run.config.trainer)
-        record = provenance()
-        if settings is not None:
-            record["command"] = shlex.join(["python", "-m", "vit_lightning.train", *settings])
-        record["overrides"] = overrides() if settings is None else settings
+        record = {**provenance(invocation), "overrides": invocation.overrides or []}
         L.seed_everything(run.config.seed, workers=True, verbose=False)
         data = ImageData(run.config.data, run.config.augment, run.config.model.image_size, run.config.seed)
         data.setup()

@@ -12,8 +12,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from vit_lightning.cli import overrides
-from vit_lightning.config import Config, InputError, MachineError, flatten, sections
+from vit_lightning.config import Config, InputError, Invocation, MachineError, flatten, sections
 from vit_lightning.files import unwritable
 from vit_lightning.runs.checkpoints import newest_sound
 from vit_lightning.terminal import is_first, relative
@@ -46,12 +45,13 @@ class Run:
 
 
 @contextlib.contextmanager
-def hold(config: Config, run_dir: Path) -> Iterator[Run]:
+def hold(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[Run]:
     """The run that is asked for, whose directory no other process can write to from before it is looked at.
 
     Args:
         config: as asked for; ``config.resume`` may name the run's directory.
         run_dir: new, or that of the same run, started earlier.
+        invocation: tells which keys were set on the command line.
 
     Raises:
         InputError: if there is no such run, it cannot go on, or another process writes to it.
@@ -68,7 +68,7 @@ def hold(config: Config, run_dir: Path) -> Iterator[Run]:
         try:
             if is_first():
                 lock.acquire(timeout=0)
-            run = find_run(config, run_dir)
+            run = find_run(config, run_dir, invocation)
         except Timeout as error:
             raise InputError(
                 f"{relative(run_dir)} is being written by another process; wait for it or stop it"
@@ -83,14 +83,14 @@ def hold(config: Config, run_dir: Path) -> Iterator[Run]:
             lock.release()
 
 
-def find_run(config: Config, run_dir: Path) -> Run:
+def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
     """The run in ``run_dir``, which holds none yet, or the one that ``config`` asks for.
 
     Raises:
         InputError: if it is another one, or cannot go on.
     """
     if config.resume is not None:
-        return resumed(config, run_dir)
+        return resumed(config, run_dir, invocation)
     if not (run_dir / "config.yaml").exists():
         return Run(config, run_dir)
     if not same_run(config, saved_config(run_dir)):
@@ -101,7 +101,7 @@ def find_run(config: Config, run_dir: Path) -> Run:
     return Run(config, run_dir, *sound_checkpoint(run_dir))
 
 
-def resumed(config: Config, folder: Path) -> Run:
+def resumed(config: Config, folder: Path, invocation: Invocation) -> Run:
     """The interrupted run in ``folder``: its own configuration, and of ``FREE`` and ``LIMITS`` what is set now.
 
     With a higher limit it may also go on where it came to its end.
@@ -112,7 +112,7 @@ def resumed(config: Config, folder: Path) -> Run:
     saved = saved_config(folder)
     given = follow_saved(replace(config, resume=None), saved)
     ours, theirs = flatten(asdict(given)), flatten(asdict(saved))
-    keys = keys_set(ours)
+    keys = keys_set(ours, invocation)
     other = sorted(key for key in keys - {*FREE, *LIMITS} if ours[key] != theirs[key])
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
@@ -148,7 +148,7 @@ def seconds(time: str | None) -> float:
     return ((days * 24 + hours) * 60 + minutes) * 60 + rest
 
 
-def keys_set(ours: dict[str, Any]) -> set[str]:
+def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
     """The keys that the command line sets, by name or by choosing a file of a group.
 
     A file of ``model`` and the like sets its whole group; one of ``trainer`` what may be otherwise when a run goes on.
@@ -157,10 +157,13 @@ def keys_set(ours: dict[str, Any]) -> set[str]:
 
     Args:
         ours: by key, the values that come of it.
+        invocation: the command line.
     """
     default = flatten(asdict(Config()))
     changed = {key for key in ours if ours[key] != default[key]}
-    typed = {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in overrides()} or {""}
+    if invocation.overrides is None:
+        return changed
+    typed = invocation.keys
     keys = typed & ours.keys()
     for group in typed - ours.keys():
         part = {key for key in ours if key.startswith(f"{group}.")}

@@ -7,8 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vit_lightning.cli import overrides, to_config
-from vit_lightning.config import Config, InputError, SearchRun
+from vit_lightning.config import Config, InputError, Invocation, SearchRun
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 BEST = 5  # trials that are listed
 
 
-def search(config: SearchRun, run_dir: Path) -> float:
+def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
     """Train one trial after the other, each with values that the study proposes, until trials or time are used up.
 
     Trials lie in ``run_dir``, the study in its storage. Any number of processes may work on one study at once; one that
@@ -36,7 +35,10 @@ def search(config: SearchRun, run_dir: Path) -> float:
     from vit_lightning.config import MachineError
     from vit_lightning.runs.fit import train
 
-    base = [item for item in overrides() if not item.lstrip("+~").startswith(("search.", "space"))]
+    assert invocation.overrides is not None
+    assert invocation.compose is not None
+    overrides, compose = invocation.overrides, invocation.compose
+    base = [item for item in overrides if not item.lstrip("+~").startswith(("search.", "space"))]
     study = open_study(config, base, run_dir)
     counted = (TrialState.COMPLETE, TrialState.PRUNED)
 
@@ -54,8 +56,11 @@ def search(config: SearchRun, run_dir: Path) -> float:
 
         (run_dir / directory).mkdir(parents=True, exist_ok=True)
         try:
-            trial_config = composed([*overrides(), *values])
-            return train(trial_config, run_dir / directory, report, settings=["test=false", *base, *values])
+            own = ["test=false", *base, *values]
+            command = shlex.join(["python", "-m", "vit_lightning.train", *own])
+            run = compose([*overrides, *values])
+            trial_config = Config(**{field.name: getattr(run, field.name) for field in fields(Config)})
+            return train(trial_config, run_dir / directory, report, Invocation(command, own))
         except MachineError:
             raise
         except InputError as error:  # values that do not go together
@@ -150,25 +155,6 @@ def suggest(trial: "Trial", key: str, domain: dict[str, Any]) -> Any:
 def typed(values: dict[str, Any]) -> list[str]:
     """Values of keys as they are typed on a command line."""
     return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
-
-
-def composed(arguments: list[str]) -> Config:
-    """The configuration of a run that a command line gives, within Hydra's main.
-
-    Raises:
-        InputError: if a key is unknown, or values do not go together.
-    """
-    from hydra import compose
-
-    from vit_lightning.cli import one_line
-
-    try:
-        run = to_config(compose("search", arguments), SearchRun)
-    except InputError:
-        raise
-    except Exception as error:  # of Hydra and OmegaConf, in their own words
-        raise InputError(one_line(error, SearchRun).removeprefix("error: ")) from error
-    return Config(**{field.name: getattr(run, field.name) for field in fields(Config)})
 
 
 def show(study: "Study", base: list[str], run_dir: Path) -> None:
