@@ -33,7 +33,7 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def composed(*overrides: str, name: str = "config") -> Config:
+def composed(*overrides: str, name: str = "train") -> Config:
     """The configuration that a command line gives; ``name`` is the command's primary file in ``conf/``."""
     cli.register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):

@@ -1,23 +1,26 @@
-"""From a command line to a :class:`~vit_lightning.config.Config`: Hydra on one side, plain dataclasses on the other.
+"""From a command line to checked dataclasses and a task: the only module that knows Hydra and OmegaConf.
 
-A mistake in the command line ends in one line on standard error and exit code 1.
+A mistake ends in one line on standard error and exit code 1, before torch is imported where possible.
 """
 
 import contextlib
 import difflib
 import errno
 import importlib
+import json
+import math
 import os
 import re
 import shlex
 import sys
-import time
+import textwrap
 import traceback
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,152 +50,165 @@ from vit_lightning.config import (
 )
 from vit_lightning.terminal import relative
 
-CONF = Path(__file__).parent.parent / "conf"
-SCHEMAS: dict[str, type] = {  # by primary file in conf/
-    "config": Config,
+CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
+SCHEMAS: dict[str, type] = {  # by command, which is also the name of its file in conf/
+    "train": Config,
     "benchmark": BenchmarkRun,
     "search": SearchRun,
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
 }
-MISTAKES = (InputError, OmegaConfBaseException, OSError)  # the user's to mend: they end in one line, not a traceback
-SchemaT = TypeVar("SchemaT")
+MISTAKES = (InputError, OmegaConfBaseException, OSError)  # end in one line instead of a traceback
+COLUMN = 26  # of the explanations in --help
 
 
-def run_command(task: str, schema: type) -> None:
-    """Compose the configuration from ``conf/`` and the command line, and run ``task`` on it, or a sweep of tasks.
+def run_command(name: str, task: str, text: str | None) -> None:
+    """Compose the configuration from ``conf/`` and the command line, and run a task on it, or a sweep of tasks.
 
-    A job of a sweep that fails stops no other; what went wrong stays in its directory as ``error.txt``.
+    A job of a sweep that fails does not stop the others: its message is in its directory as ``error.txt``.
 
     Args:
-        task: ``module:function``, imported when the configuration is checked, so that a mistake is reported at once; it
-            takes the configuration and the run's directory, and returns what a sweeper maximises or minimises.
-        schema: class of the configuration, one of ``SCHEMAS``, whose names are those of the primary files in ``conf/``.
+        name: of the command, one of ``SCHEMAS``.
+        task: ``module:function``, imported once the configuration is checked. It takes the configuration, the run's
+            directory and the :class:`~vit_lightning.config.Invocation`, and returns what a sweeper optimises.
+        text: what ``--help`` says first.
     """
-    [name] = [name for name, known in SCHEMAS.items() if known is schema]
+    schema = SCHEMAS[name]
+    typed = sys.argv[1:]
+    if {"--help", "-h"} & set(typed):
+        print(help_text(name, text or ""))
+        return
     register_schemas()
     started = False
-    typed = sys.argv[1:]
 
     def job(cfg: DictConfig) -> float:
         nonlocal started
         started = True
         sys.argv[1:] = typed
-        hydra_config = HydraConfig.get()
-        run_dir = Path(hydra_config.runtime.output_dir)
+        settings = HydraConfig.get()
+        run_dir = Path(settings.runtime.output_dir)
         try:
-            if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
-            (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier try
-            config: Any = to_config(cfg, schema)
-            strategy = config.trainer.strategy if isinstance(config, Config) else "auto"
-            if hydra_config.mode is RunMode.MULTIRUN and strategy != "auto":
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()
-                sys.exit(f"error: trainer.strategy={strategy} is for single runs; those of a sweep have one device")
-            module, function = task.split(":")
-            invocation = Invocation(
-                _command_again(), list(hydra_config.overrides.task), lambda more: _composed(more, name, schema)
-            )
-            return getattr(importlib.import_module(module), function)(config, run_dir, invocation=invocation)
+            return _run_task(task, cfg, name, run_dir)
         except Exception as error:
             mistake = isinstance(error, MISTAKES)
-            if hydra_config.mode is RunMode.MULTIRUN:  # the other jobs still run
-                text = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
-                print(f"job {hydra_config.job.num} ({hydra_config.job.override_dirname}): {text}", file=sys.stderr)
-                with contextlib.suppress(OSError):  # of a directory that cannot be written
-                    (run_dir / "error.txt").write_text(f"{' '.join(hydra_config.overrides.task)}\n{text}\n")
-            elif mistake and "debug=true" not in typed:
+            if settings.mode is RunMode.MULTIRUN:
+                message = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
+                print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
+                with contextlib.suppress(OSError):  # a directory that cannot be written
+                    (run_dir / "error.txt").write_text(f"{' '.join(settings.overrides.task)}\n{message}\n")
+                return math.nan
+            if mistake and "debug=true" not in typed:
                 with contextlib.suppress(OSError):
-                    run_dir.rmdir()  # only if it came before the first file
+                    run_dir.rmdir()  # fails, as it should, if the run has written something
                 sys.exit(one_line(error, schema, run_dir))
             raise
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then lets exceptions through instead of printing its own report
-    start = time.time()
-    SweepDirectory.path = None
-    failed: list[str] = []
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions instead of printing its own report
     try:
         first = next((i for i, item in enumerate(typed) if "=" in item and not item.startswith("-")), len(typed))
-        sys.argv[1:] = [*typed[:first], *check_grid(typed, schema), *typed[first:]]  # settings must not lie apart
+        sys.argv[1:] = [*typed[:first], *check_overrides(typed, schema), *typed[first:]]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if SweepDirectory.path is not None:
-            errors = [path for path in SweepDirectory.path.rglob("error.txt") if path.stat().st_mtime >= start]
-            failed = [f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(errors)]
-        no_job = not started  # for want of a configuration, or of a directory for the run
-        if not failed and (no_job or isinstance(error, MISTAKES)) and "debug=true" not in typed:
-            sys.exit(one_line(error, schema))
-        if not failed:
+        if "debug=true" in typed or (started and not isinstance(error, MISTAKES)):
             raise
+        sys.exit(one_line(error, schema))
     finally:
         sys.argv[1:] = typed
-    jobs = list(SweepDirectory.path.glob("*/")) if SweepDirectory.path is not None else []
-    if SweepDirectory.path is not None and not jobs:
-        sys.exit("error: the sweep has no job; a glob that fits no option gives none")
-    if SweepDirectory.path is not None and any(SweepDirectory.path.rglob("summary.json")):
-        from vit_lightning.sweeps.table import show
-
-        show(SweepDirectory.path)
-    if failed:
-        sys.exit("\n".join([f"error: of the sweep's jobs {len(failed)} failed:", *failed]))
 
 
-class SweepDirectory(Callback):
-    """Where the jobs of a sweep land, as Hydra tells the process that starts them; ``None`` if there is no sweep."""
+def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
+    """Check the configuration, import the task and call it."""
+    settings, schema = HydraConfig.get(), SCHEMAS[name]
+    if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
+    config = to_config(cfg, schema)
+    overrides = list(settings.overrides.task)
+    program = ["python", "-m", f"vit_lightning.{name}"]
+    if settings.mode is RunMode.MULTIRUN:
+        if isinstance(config, Config) and config.trainer.strategy != "auto":
+            raise InputError(f"trainer.strategy={config.trainer.strategy} is for single runs; a sweep uses one device")
+        command = shlex.join([*program, *overrides])
+    else:
+        command = shlex.join([*program, *sys.argv[1:]])
 
-    path: ClassVar[Path | None] = None
+    def compose(more: list[str]) -> Any:
+        try:
+            return to_config(hydra.compose(name, more), schema)
+        except InputError:
+            raise
+        except Exception as error:  # Hydra and OmegaConf have many
+            raise InputError(one_line(error, schema).removeprefix("error: ")) from error
 
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        SweepDirectory.path = Path(config.hydra.sweep.dir)
+    module, function = task.split(":")
+    return getattr(importlib.import_module(module), function)(
+        config, run_dir, invocation=Invocation(command, overrides, compose)
+    )
 
 
-def check_grid(arguments: list[str], schema: type) -> list[str]:
-    """Refuse what would fail every job of a sweep, or make two jobs one.
+class SweepEnd(Callback):
+    """Prints the table of a sweep, and ends with exit code 1 if a job failed."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        directory = Path(config.hydra.sweep.dir)
+        if not any(directory.glob("*/")):
+            sys.exit("error: the sweep has no jobs; a glob that matches no option gives none")
+        if any(directory.rglob("summary.json")):
+            importlib.import_module("vit_lightning.sweeps.table").show(directory)
+        failed = [
+            f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}"
+            for path in sorted(directory.rglob("error.txt"))
+        ]
+        if failed:
+            sys.exit("\n".join([f"error: {len(failed)} of the sweep's jobs failed:", *failed]))
+
+
+def check_overrides(arguments: list[str], schema: type) -> list[str]:
+    """Refuse settings that would fail every job of a sweep, or make two of its jobs the same.
 
     Args:
         arguments: of the command.
         schema: of its configuration.
 
     Returns:
-        Hydra's setting by which a job's directory is named after what the sweep varies, and after nothing else.
+        Hydra's setting that names the directory of a job after what the sweep varies.
 
     Raises:
-        InputError: if a key is unknown, a class path is set, or a list of values is empty or has a value twice.
+        InputError: if a key is unknown, a class path is set, or a list of values is empty or repeats a value.
     """
     given = [item for item in arguments if "=" in item and not item.startswith("-")]  # no options, as --cfg job
     try:
         settings = OverridesParser.create().parse_overrides(given)
     except OverrideParseException:
-        return []  # Hydra will say so
-    fixed: dict[str, bool] = {}  # of a key that is set twice the last counts
+        return []  # Hydra reports it
+    fixed: dict[str, bool] = {}  # the last of a key that is set twice counts
     for setting in settings:
-        key, value = setting.key_or_group, setting.value()
+        name, value = setting.key_or_group, setting.value()
         if re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or ""):  # Hydra would call whatever it names
-            raise InputError(f"{setting.input_line}: no setting takes a _target_, the path of a class; leave it out")
-        if setting.is_add() and not key.startswith("hydra"):
-            group, _, name = key.rpartition(".")
-            part = sections(schema).get(group) if group else schema
-            if part is None or name not in [field.name for field in fields(part)]:
-                raise InputError(_unknown_key(key, schema))
+            raise InputError(f"{setting.input_line}: _target_ cannot be set; remove it")
+        if setting.is_add() and not name.startswith("hydra"):
+            group, _, rest = name.rpartition(".")
+            section = sections(schema).get(group) if group else schema
+            if section is None or rest not in [field.name for field in fields(section)]:
+                raise InputError(_unknown_key(name, schema))
         if isinstance(value, ChoiceSweep | RangeSweep):
             values = list(setting.sweep_string_iterator())
             twice = [item for number, item in enumerate(values) if item in values[:number]]
             if twice:
-                raise InputError(f"{setting.input_line} has {twice[0]} twice; every job of a sweep is another")
+                raise InputError(f"{setting.input_line} has {twice[0]} twice; the jobs of a sweep must differ")
             if not values:
-                raise InputError(f"{setting.input_line} has no value; name some, as in {key}=1,2")
-        fixed[key] = not setting.is_sweep_override()
-    names = ",".join(key for key, is_fixed in fixed.items() if is_fixed)
+                raise InputError(f"{setting.input_line} has no value; give some, as in {name}=1,2")
+        fixed[name] = not setting.is_sweep_override()
+    names = ",".join(name for name, is_fixed in fixed.items() if is_fixed)
     return [f"hydra.job.config.override_dirname.exclude_keys=[{names}]"]
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra under the name that the files in ``conf/`` begin with."""
+    """Make the dataclasses known to Hydra under the names that the files in ``conf/`` begin with."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(f"base_{name}", schema)
@@ -200,106 +216,131 @@ def register_schemas() -> None:
         store.store("base_config", section, group=group)
 
 
-def to_config(cfg: DictConfig, schema: type[SchemaT]) -> SchemaT:
+def to_config(cfg: DictConfig, schema: type) -> Any:
     """The composed configuration as checked dataclasses.
 
     Raises:
-        InputError: if a key is unknown (``+typo=1`` passes Hydra), a value impossible, or two do not go together.
+        InputError: if a key is unknown (Hydra lets ``+typo=1`` pass), or a value or combination is not possible.
     """
     for section, part in [(None, schema), *sections(schema).items()]:
         known = [field.name for field in fields(part)]
-        for key in map(str, cfg if section is None else cfg[section] or ()):
-            if key not in known:
-                raise InputError(_unknown_key(f"{section}.{key}" if section else key, schema))
-    config = OmegaConf.to_object(cfg)
-    assert isinstance(config, schema)
-    return config
+        for name in map(str, cfg if section is None else cfg[section] or ()):
+            if name not in known:
+                raise InputError(_unknown_key(f"{section}.{name}" if section else name, schema))
+    return OmegaConf.to_object(cfg)
 
 
-def _command_again() -> str:
-    """The command of this process, or of this job of a sweep, as it can be typed again."""
-    hydra_config = HydraConfig.get()
-    if hydra_config.mode is RunMode.MULTIRUN:
-        return shlex.join(["python", "-m", f"vit_lightning.{hydra_config.job.name}", *hydra_config.overrides.task])
-    main = sys.modules["__main__"].__spec__
-    program = ["python", "-m", main.name] if main else ["python", sys.argv[0]]
-    return shlex.join([*program, *sys.argv[1:]])
+# --- help ------------------------------------------------------------------------------------------------------------
 
 
-def _composed(overrides: list[str], name: str, schema: type[SchemaT]) -> SchemaT:
-    """The checked configuration that other settings than the command line's give.
+def help_text(name: str, text: str) -> str:
+    """The text of ``--help``: the command, its groups with their options, and every key of its schema."""
+    lines = text.strip().splitlines()
+    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text())["defaults"]
+    groups = [next(iter(item)) for item in defaults if isinstance(item, dict) and "hydra" not in next(iter(item))]
+    if groups:
+        lines += ["", "Groups (choose with group=option; a file each in conf/):", ""]
+    for group in groups:
+        lines += _wrapped(group, ", ".join(options_of(group)))
+    lines += ["", "Keys (set with key=value; the default is shown):"]
+    schema = SCHEMAS[name]
+    own = [field for field in fields(schema) if field.metadata]
+    for group, section in sections(schema).items():
+        lines += ["", f"{section.__doc__}", "", *_key_lines(fields(section), f"{group}.")]
+    lines += ["", *_key_lines(own, "")]
+    lines += ["", "--cfg job prints the configuration; -m sweeps over comma-separated values."]
+    return "\n".join(lines)
 
-    Raises:
-        InputError: if a key is unknown, or values do not go together.
-    """
-    try:
-        return to_config(hydra.compose(name, overrides), schema)
-    except InputError:
-        raise
-    except Exception as error:  # Hydra and OmegaConf have many
-        raise InputError(one_line(error, schema).removeprefix("error: ")) from error
+
+def _key_lines(declared: Any, prefix: str) -> list[str]:
+    """Lines of ``--help`` for some keys."""
+    return [line for field in declared for line in _wrapped(f"{prefix}{key_default(field)}", field.metadata["text"])]
+
+
+def key_default(field: Field) -> str:
+    """``layers=8``; with choices ``pool=cls|mean|attention``, the default first."""
+    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    others = [choice for choice in field.metadata["choices"] if choice != default]
+    shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
+    return f"{field.name}={'|'.join([shown, *others])}"
+
+
+def options_of(group: str) -> list[str]:
+    """The options of a group: its files in ``conf/``."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _wrapped(left: str, right: str) -> list[str]:
+    body = textwrap.wrap(right, 80 - COLUMN, break_on_hyphens=False)
+    head = f"  {left}"
+    if len(head) >= COLUMN:
+        return [head, *(" " * COLUMN + line for line in body)]
+    return [f"{head:<{COLUMN}}{body[0]}", *(" " * COLUMN + line for line in body[1:])]
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str:
-    """What went wrong, naming the key as it was typed or the file, and what would be right.
+    """What went wrong, naming the key as it was typed or the file, and what to do.
 
     Args:
         error: one of ``MISTAKES``, or of Hydra's own.
         schema: of the command's configuration.
-        run_dir: directory of the run; ``None`` where Hydra has not come so far as to make it.
+        run_dir: directory of the run; ``None`` if Hydra has not made it yet.
     """
     if isinstance(error, InputError):
         return f"error: {error}"
-    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):  # which is one by its class alone
+    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):  # which is an OSError too
         if not error.filename:
             return f"error: {error.strerror or error or type(error).__name__}"
         file = Path(str(error.filename))
         if run_dir is None or file.is_relative_to(run_dir):
-            cure = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
-            return f"error: {file} cannot be written ({error.strerror}); {cure}"
-        return f"error: {file} cannot be opened ({error.strerror}); mend its permissions, or name another"
+            hint = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
+            return f"error: {file} cannot be written ({error.strerror}); {hint}"
+        return f"error: {file} cannot be opened ({error.strerror}); fix its permissions or name another file"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
         if group in sections(schema) and value in ("", "null"):
-            options = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-            return f"error: {group}={value} names no option; choose one of {', '.join(options)}"
+            return f"error: {group}={value} is not an option; choose one of {', '.join(options_of(group))}"
+    return f"error: {_hydra_message(error, schema)}"
+
+
+def _hydra_message(error: Exception, schema: type) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if isinstance(cause, MissingConfigException) and cause.options:
         group, _, name = str(cause.missing_cfg_file).rpartition("/")
         options = [option for option in cause.options if option != "base_config"]
-        message = f"{group}={name} is not known; choose one of {', '.join(options)}"
-    elif isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        message = _unknown_key(cause.full_key, schema)
-    elif isinstance(cause, ValidationError):
-        given = "null" if cause.value is None else cause.value
-        message = f"{cause.full_key}={given}: {text[0]}"
-    elif isinstance(cause, InterpolationResolutionError):
-        message = f"{cause.full_key}: {text[0]}"
-    elif isinstance(cause, OverrideParseException):
-        key, equals, value = cause.override.partition("=")
-        cure = f"quote the value: {key}='\"{value}\"'" if equals else f"write {key}=value"
-        message = f"{cause.override} is not a setting that can be read; {cure}"
-    else:
-        noise = re.compile(r"https://|full_key|onfig search path:|provider=")
-        message = "; ".join(line for line in text if not noise.search(line))
-    return f"error: {message}"
+        return f"{group}={name} is not known; choose one of {', '.join(options)}"
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
+        return _unknown_key(cause.full_key, schema)
+    if isinstance(cause, ValidationError):
+        return f"{cause.full_key}={'null' if cause.value is None else cause.value}: {text[0]}"
+    if isinstance(cause, InterpolationResolutionError):
+        return f"{cause.full_key}: {text[0]}"
+    if isinstance(cause, OverrideParseException):
+        name, equals, value = cause.override.partition("=")
+        hint = f"quote the value: {name}='\"{value}\"'" if equals else f"write {name}=value"
+        return f"{cause.override} cannot be parsed as a setting; {hint}"
+    noise = re.compile(r"https://|full_key|onfig search path:|provider=")
+    return "; ".join(line for line in text if not noise.search(line))
 
 
-def _unknown_key(key: str, schema: type) -> str:
-    known = {group: [field.name for field in fields(part)] for group, part in sections(schema).items()}
-    group, dot, name = key.partition(".")
+def _unknown_key(name: str, schema: type) -> str:
+    known = {group: [field.name for field in fields(section)] for group, section in sections(schema).items()}
+    group, dot, rest = name.partition(".")
     if group == "hydra":
-        return f"{key} is not a key; --cfg hydra lists Hydra's own"
+        return f"{name} is not a key; --cfg hydra lists Hydra's own"
     if group == "space" and dot and schema is SearchRun:
-        return f"{key} is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe"
-    if group in known and dot:  # its names alone: the group that all share would make any two of them alike
-        near = [f"{group}.{match}" for match in difflib.get_close_matches(name, known[group], n=1)]
+        return f"{name} is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe"
+    if group in known and dot:  # compared without the group, which would make any two keys of it similar
+        near = [f"{group}.{match}" for match in difflib.get_close_matches(rest, known[group], n=1)]
         more = f" ({group}. has {', '.join(known[group])})"
     else:
-        keys = [f"{group}.{name}" for group, names in known.items() for name in names]
+        keys = [f"{group}.{rest}" for group, names in known.items() for rest in names]
         keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
-        near = [name for name in keys if name.endswith(f".{key}")][:1]
-        near = near or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+        near = [key for key in keys if key.endswith(f".{name}")][:1]
+        near = near or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
         more = "" if near else "; --help lists the keys"
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{key} is not a key{hint}{more}"
+    return f"{name} is not a key{hint}{more}"

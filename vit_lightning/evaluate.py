@@ -1,12 +1,19 @@
-"""Evaluate a trained network, class by class: ``python -m vit_lightning.evaluate``."""
+"""Evaluate a trained network: accuracy, calibration, worst classes, confusions.
+
+  python -m vit_lightning.evaluate
+  python -m vit_lightning.evaluate checkpoint=outputs/... split=val tta=true
+  python -m vit_lightning.evaluate data=image_folder data.root=photos
+
+Without data=, the images that the network was trained on are used. Reports and
+figures are in outputs/evaluate/<date>/<time>/.
+"""
 
 from vit_lightning.cli import run_command
-from vit_lightning.config import EvaluateConfig
 
 
 def main() -> None:
     """Run the command."""
-    run_command("vit_lightning.analysis.evaluate:evaluate", EvaluateConfig)
+    run_command("evaluate", "vit_lightning.analysis.evaluate:evaluate", __doc__)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,19 @@
-"""Export a trained network to one file that other programs can run: ``python -m vit_lightning.export``."""
+"""Export a trained network to one file from uint8 images to logits.
+
+  python -m vit_lightning.export
+  python -m vit_lightning.export checkpoint=outputs/... format=torch_export
+
+The exported network is compared with PyTorch before it is kept, and the speed
+of both is measured. model.onnx (needs pip install -e ".[export]"), model.pt2 or
+model.safetensors is in outputs/export/<date>/<time>/.
+"""
 
 from vit_lightning.cli import run_command
-from vit_lightning.config import ExportConfig
 
 
 def main() -> None:
     """Run the command."""
-    run_command("vit_lightning.analysis.export:export", ExportConfig)
+    run_command("export", "vit_lightning.analysis.export:export", __doc__)
 
 
 if __name__ == "__main__":

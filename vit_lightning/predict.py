@@ -1,12 +1,19 @@
-"""Classify pictures: ``python -m vit_lightning.predict``."""
+"""Classify pictures.
+
+  python -m vit_lightning.predict images=photos
+  python -m vit_lightning.predict checkpoint=outputs/... images=cat.png
+  python -m vit_lightning.predict 'images=[cat.png,new/*.jpg]' attention=true
+
+The central square of a picture is used. predictions.json, predictions.csv and
+attention.png are in outputs/predict/<date>/<time>/.
+"""
 
 from vit_lightning.cli import run_command
-from vit_lightning.config import PredictConfig
 
 
 def main() -> None:
     """Run the command."""
-    run_command("vit_lightning.analysis.predict:predict", PredictConfig)
+    run_command("predict", "vit_lightning.analysis.predict:predict", __doc__)
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
         assert line.startswith(f"job {job} (model.heads-{heads}): {message}")
         assert message in (start / "failing" / f"model.heads-{heads}" / "error.txt").read_text()
     header, *failed = result.stderr.splitlines()[-3:]
-    assert header == "error: of the sweep's jobs 2 failed:"
+    assert header == "error: 2 of the sweep's jobs failed:"
     for line, heads in zip(failed, (5, 7), strict=True):
         assert line.startswith(f"  failing/model.heads-{heads}: error: model.embed_dim=64 is not divisible by")
     assert [path.parent.name for path in (start / "failing").rglob("summary.json")] == ["model.heads-2"]
@@ -304,8 +304,8 @@ def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
     [
         ("model.layerz=1,2", "model.layerz is not a key; did you mean model.layers?"),
         ("+model.layerz=1,2", "model.layerz is not a key; did you mean model.layers?"),
-        ("model.layers=1,2,1", "model.layers=1,2,1 has 1 twice; every job of a sweep is another"),
-        ("model.layers=range(4,2)", "model.layers=range(4,2) has no value; name some, as in model.layers=1,2"),
+        ("model.layers=1,2,1", "model.layers=1,2,1 has 1 twice; the jobs of a sweep must differ"),
+        ("model.layers=range(4,2)", "model.layers=range(4,2) has no value; give some, as in model.layers=1,2"),
         ("model.layers=1,many", "model.layers=many"),
         ("sweep=layerz", "sweep=layerz is not known; choose one of layers_width, lr_decay, patch_size, seeds"),
     ],
