@@ -1,12 +1,13 @@
 """The list of commands, two of them at once, and the dashboard that they print how to open."""
 
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import started
+from conftest import CONF, command, started
 
 import vit_lightning
 
@@ -27,7 +28,19 @@ def test_every_command_is_listed(tmp_path):
 def test_anything_else_is_a_mistake(tmp_path):
     result = subprocess.run([*MODULE, "train"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr == "error: train is no option; python -m vit_lightning --help lists the commands\n"
+    assert result.stderr == "error: unknown argument train; python -m vit_lightning --help lists the commands\n"
+
+
+def test_the_table_of_keys_is_that_of_the_schema(tmp_path):
+    result = subprocess.run([*MODULE, "keys"], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout in (CONF / "README.md").read_text(), "run python -m vit_lightning keys"
+    assert "| `model.layers=8` | Number of transformer blocks. | train, benchmark, search |" in result.stdout
+
+
+def test_a_shell_completes_groups_and_keys(tmp_path):
+    for line, expected in (("vit-train model.la", "model.layers="), ("vit-train model=", "model=conv_large")):
+        words = command("train", "-sc", "query=bash", cwd=tmp_path, env={**os.environ, "COMP_LINE": line})
+        assert expected in words.stdout.split()
 
 
 @pytest.mark.parametrize("name", ["train", "evaluate", "predict"])

@@ -1,27 +1,33 @@
-"""``python -m vit_lightning``: what there is to run."""
+"""``python -m vit_lightning``: the commands."""
 
 import sys
+
+from vit_lightning.cli import key_table
 
 COMMANDS = """\
 A small Vision Transformer as a PyTorch Lightning experiment project.
 
-  python -m vit_lightning.train       train, test the best checkpoint, leave a record
-  python -m vit_lightning.evaluate    count what a trained network gets right, class by class
-  python -m vit_lightning.predict     name what pictures show
-  python -m vit_lightning.export      write a network into one ONNX or torch.export file
+  python -m vit_lightning.train       train, test the best checkpoint, write a record
+  python -m vit_lightning.evaluate    evaluate a trained network, class by class
+  python -m vit_lightning.predict     classify pictures
+  python -m vit_lightning.export      write a network to one ONNX or torch.export file
   python -m vit_lightning.search      search for better hyper-parameters with Optuna
-  python -m vit_lightning.sweep       what the runs of a sweep came to
-  python -m vit_lightning.benchmark   measure the speed beside other libraries
+  python -m vit_lightning.sweep       summarise the runs of a sweep
+  python -m vit_lightning.benchmark   measure the speed next to other libraries
+  python -m vit_lightning keys        print the table of all keys (Markdown)
 
 Each takes --help."""
 
 
 def main() -> None:
-    """Print the commands; anything but ``--help`` is a mistake."""
-    if set(sys.argv[1:]) <= {"--help", "-h"}:
+    """Print the commands or the keys; anything else is a mistake."""
+    arguments = sys.argv[1:]
+    if arguments == ["keys"]:
+        print(key_table())
+    elif set(arguments) <= {"--help", "-h"}:
         print(COMMANDS)
     else:
-        sys.exit(f"error: {' '.join(sys.argv[1:])} is no option; python -m vit_lightning --help lists the commands")
+        sys.exit(f"error: unknown argument {' '.join(arguments)}; python -m vit_lightning --help lists the commands")
 
 
 if __name__ == "__main__":

@@ -252,6 +252,18 @@ def help_text(name: str, text: str) -> str:
     return "\n".join(lines)
 
 
+def key_table() -> str:
+    """All keys of all commands as a table in Markdown."""
+    commands: dict[tuple[str, str], list[str]] = {}  # by key and meaning
+    for name, schema in SCHEMAS.items():
+        for group, section in {**sections(schema), "": schema}.items():
+            for field in (field for field in fields(section) if field.metadata):
+                key = f"{group}.{key_default(field)}".removeprefix(".").replace("|", "\\|")
+                commands.setdefault((key, field.metadata["text"]), []).append(name)
+    rows = [f"| `{key}` | {text} | {', '.join(names)} |" for (key, text), names in commands.items()]
+    return "\n".join(["| key and default | meaning | commands |", "|---|---|---|", *rows])
+
+
 def _key_lines(declared: Any, prefix: str) -> list[str]:
     """Lines of ``--help`` for some keys."""
     return [line for field in declared for line in _wrapped(f"{prefix}{key_default(field)}", field.metadata["text"])]
