@@ -49,7 +49,7 @@ def test_another_split_and_test_time_augmentation(digits_run, tmp_path, monkeypa
     evaluate(composed("checkpoint=run", "tta=true", name="evaluate"), tmp_path)
     with_tta = json.loads((tmp_path / "evaluation.json").read_text())
     classifier = load_classifier("run")
-    data = ImageData(composed("data=digits").data, composed().augment, 8)
+    data = ImageData(composed("data=digits").data, 8)
     data.setup()
     losses = []
     for images, labels in data.test_dataloader():

@@ -1,5 +1,6 @@
 """Exported files, opened as someone else would."""
 
+import copy
 import json
 from dataclasses import asdict, replace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from conftest import command, composed
 
+from vit_lightning.analysis import export as export_module
 from vit_lightning.analysis import graph
 from vit_lightning.analysis.export import export
 from vit_lightning.config import InputError, OptimConfig
@@ -31,10 +33,10 @@ def test_onnx_takes_bytes_of_any_number_and_size(digits_run):
     [images], [logits] = session.get_inputs(), session.get_outputs()
     assert (images.name, images.type, logits.name) == ("images", "tensor(uint8)", "logits")
     classifier = load_classifier(str(digits_run))
-    for shape in ((1, 1, 8, 8), (5, 1, 8, 8), (3, 1, 20, 13)):
+    for shape in ((1, 1, 8, 8), (5, 1, 8, 8), (3, 1, 20, 13), (2, 1, 12, 24), (2, 1, 24, 12)):
         batch = torch.randint(0, 256, shape, dtype=torch.uint8)
         [ours] = session.run(None, {"images": batch.numpy()})
-        np.testing.assert_allclose(ours, classifier(classifier.normalise(batch)).detach(), atol=1e-4)
+        np.testing.assert_allclose(ours, classifier(batch).detach(), atol=1e-4)
 
 
 def test_torch_export_does_too(digits_run, tmp_path):
@@ -44,8 +46,9 @@ def test_torch_export_does_too(digits_run, tmp_path):
     program = torch.export.load(tmp_path / "model.pt2", extra_files=extra)
     assert json.loads(extra["class_names"]) == list("0123456789")
     classifier = load_classifier(str(digits_run))
-    batch = torch.randint(0, 256, (3, 1, 9, 11), dtype=torch.uint8)
-    torch.testing.assert_close(program.module()(batch), classifier(classifier.normalise(batch)), atol=1e-4, rtol=0)
+    for shape in ((3, 1, 9, 11), (2, 1, 12, 24), (2, 1, 24, 12)):
+        batch = torch.randint(0, 256, shape, dtype=torch.uint8)
+        torch.testing.assert_close(program.module()(batch), classifier(batch), atol=1e-4, rtol=0)
 
 
 SHAPES = {  # of networks, small
@@ -63,13 +66,19 @@ def test_networks_of_every_kind_can_be_exported(tmp_path, shape, write):
     torch.manual_seed(0)
     classifier = ViTClassifier(asdict(model), asdict(OptimConfig()), list("abcdefg"), [0.5] * 3, [0.25] * 3).eval()
     run = write(graph.trace(classifier), {"class_names": "[]"}, tmp_path / "file")
-    batch = torch.randint(0, 256, (3, 3, 20, 13), dtype=torch.uint8)
-    torch.testing.assert_close(run(batch), classifier(classifier.normalise(batch)), atol=1e-4, rtol=0)
+    for size in ((20, 13), (16, 16), (20, 40), (40, 20)):
+        batch = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8)
+        torch.testing.assert_close(run(batch), classifier(batch), atol=1e-4, rtol=0)
 
 
 def test_an_export_that_differs_is_not_written(digits_run, tmp_path, monkeypatch):
-    forward = graph.FromBytes.forward
-    monkeypatch.setattr(graph.FromBytes, "forward", lambda self, images: forward(self, images) + 0.01)
+    def trace_wrongly(classifier: ViTClassifier) -> torch.export.ExportedProgram:
+        changed = copy.deepcopy(classifier)
+        with torch.no_grad():
+            changed.net.head[-1].bias += 0.01
+        return graph.trace(changed)
+
+    monkeypatch.setattr(export_module, "trace", trace_wrongly)
     with pytest.raises(InputError, match=r"logits differ from PyTorch's by 1\.0e-02; not written"):
         export(composed(f"checkpoint={digits_run}", "format=torch_export", name="export"), tmp_path)
     assert not list(tmp_path.iterdir())

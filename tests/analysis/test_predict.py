@@ -69,8 +69,8 @@ def test_an_unreadable_file_is_named_and_the_others_are_still_predicted(pictures
     assert result.returncode == 1
     errors = result.stderr.splitlines()
     assert any("broken.png cannot be read (not an image)" in line for line in errors)
-    assert any("none*.png names no picture" in line for line in errors)
-    assert errors[-1] == "error: 2 of 3 files were not read, as said above"
+    assert any("none*.png matches no picture" in line for line in errors)
+    assert errors[-1] == "error: 2 of 3 files could not be read (see above)"
     [row] = json.loads((digits_run.parent / "two" / "predictions.json").read_text())
     assert row["file"].endswith("gray.png")
 
@@ -84,6 +84,21 @@ def test_attention_of_many_pictures_says_that_it_shows_the_first(pictures, tmp_p
     predict(composed("checkpoint=run", f"images={folder / 'more'}", "attention=true", name="predict"), tmp_path)
     assert "attention.png shows the first 24 of 26 images" in capsys.readouterr().out
     Image.open(tmp_path / "attention.png").verify()
+
+
+def test_an_oblong_picture_is_cropped_in_the_same_way_as_by_the_classifier(digits_run, tmp_path):
+    """Decoded by Pillow at the network's size, or handed to the classifier as it is: 2:1 and 1:2."""
+    smooth = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    wide = Image.fromarray(smooth).resize((96, 48), Image.Resampling.BICUBIC)
+    wide.save(tmp_path / "a wide.png")
+    wide.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "tall.png")
+    classifier = load_classifier(str(digits_run))
+    predict(composed(f"checkpoint={digits_run}", f"images={tmp_path}", "top=10", name="predict"), tmp_path)
+    for row in json.loads((tmp_path / "predictions.json").read_text()):
+        pixels = torch.from_numpy(np.array(Image.open(row["file"])))[None, None]
+        [expected] = classifier.classify(pixels).tolist()
+        for guess in row["predictions"]:
+            assert guess["probability"] == pytest.approx(expected[int(guess["class"])], abs=0.02), row["file"]
 
 
 def test_a_glob_and_a_number_of_classes(pictures, tmp_path):

@@ -9,7 +9,6 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as sklearn_confusion
 
 from vit_lightning.analysis.predictions import draw, measure, write_per_class, write_predictions
-from vit_lightning.config import AugmentConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
 
@@ -90,7 +89,7 @@ def test_tables_hold_every_class_and_image(tmp_path):
 
 
 def test_cifar100s_classes_are_drawn_by_superclass(folder_config):
-    data = ImageData(folder_config, AugmentConfig(), 8)
+    data = ImageData(folder_config, 8)
     data.setup()
     names = sorted(name for group in SUPERCLASSES.values() for name in group)
     labels = torch.arange(100)
@@ -112,7 +111,7 @@ def test_cifar100s_classes_are_drawn_by_superclass(folder_config):
 
 
 def test_mistakes_are_drawn_only_where_there_are_some(folder_config):
-    data = ImageData(folder_config, AugmentConfig(), 8)
+    data = ImageData(folder_config, 8)
     data.setup()
     labels = torch.cat([labels for _, labels in data.test_dataloader()])
     right = torch.nn.functional.one_hot(labels, 3).float()

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from vit_lightning.config import AugmentConfig
 from vit_lightning.recipe.augment import (
+    centre_crop,
     denormalise,
     eval_transform,
     mix,
@@ -52,6 +53,20 @@ def test_eval_transform_is_torchvisions(source, target):
     normalised = v2.functional.normalize(expected, MEAN.tolist(), STD.tolist())
     ours = eval_transform(images, target, MEAN, STD)
     assert ((ours - normalised) * STD.view(3, 1, 1)).abs().max() <= within
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 20), (20, 40), (31, 9), (9, 30)])
+def test_an_oblong_image_is_cropped_to_its_centre(height, width):
+    """As Pillow does, at whole pixels."""
+    images, side = photos(3, 40)[:, :, :height, :width].contiguous(), min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    for image, cropped in zip(images, centre_crop(images), strict=True):
+        expected = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + side, top + side))
+        assert np.array_equal(cropped.permute(1, 2, 0), np.asarray(expected))
+    square = images[:, :, top : top + side, left : left + side]
+    torch.testing.assert_close(eval_transform(images, 12, MEAN, STD), eval_transform(square, 12, MEAN, STD))
+    ours, theirs = (train_transform(x, 12, MEAN, STD, STILL) for x in (images, square))
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(("source", "target"), [(32, 72), (8, 16), (32, 32), (97, 36)])

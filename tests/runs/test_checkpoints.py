@@ -342,7 +342,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_says_where(start):
     batch = f"(epoch 1, batch {report['batch']}: training images {images}, …)"
     assert line.startswith(
         f"error: train/loss is {report['loss']} at step {report['step']} {batch}, learning rate 1e+30, "
-        f"gradient norm {float(report['gradient_norm']):g}; nan/nan.json has it all; "
+        f"gradient norm {float(report['gradient_norm']):g}; see nan/nan.json; "
     )
     assert f"resume=nan goes on after step {report['step'] - 1} (last.ckpt is sound)" in line
     assert len(report["images"]) == 32

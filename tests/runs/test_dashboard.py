@@ -17,7 +17,6 @@ from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter, summary
 
-from vit_lightning.config import AugmentConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
@@ -65,7 +64,7 @@ def test_curves_alone_if_asked(digits_run):
 def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch):
     """The pictures of a run that is over, drawn again with one of them switched off."""
     config = composed("experiment=quickstart", f"dashboard.{picture}=false")
-    data = ImageData(config.data, config.augment, config.model.image_size)
+    data = ImageData(config.data, config.model.image_size)
     data.setup()
     classifier = load_classifier(str(digits_run)).train()
     dashboard = Dashboard(config, data, {}, Figure())
@@ -80,7 +79,7 @@ def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch
 
 
 def test_mixed_images_are_titled_with_their_shares(digits_config):
-    data = ImageData(digits_config, AugmentConfig(), 8)
+    data = ImageData(digits_config, 8)
     data.setup()
     dashboard = Dashboard(composed("data=digits"), data, {}, Figure())
     assert dashboard._title(torch.tensor(7)) == "7"

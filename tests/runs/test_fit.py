@@ -22,7 +22,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vit_lightning.config import InputError
 from vit_lightning.data.module import ImageData
-from vit_lightning.recipe.augment import eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.runs.dashboard import flatten
 from vit_lightning.runs.fit import train
@@ -145,7 +144,7 @@ def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start
     labels = torch.from_numpy(np.load(cache / "test_labels.npy"))
     mean, std = (torch.tensor(module.hparams[name]).view(1, -1, 1, 1) for name in ("mean", "std"))
     with torch.no_grad():
-        logits = module((images - mean) / std)
+        logits = module.net((images - mean) / std)
     summary = summary_of(run)["metrics"]
     assert summary["test/acc"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
     hits = (logits.topk(5).indices == labels[:, None]).any(-1)
@@ -528,13 +527,13 @@ def test_the_average_of_the_weights_is_what_is_validated_tested_and_kept(start, 
     average, raw = saved["state_dict"], saved["current_model_state"]
     assert not torch.equal(average["net.head.0.weight"], raw["net.head.0.weight"])
 
-    data = ImageData(config.data, config.augment, config.model.image_size)
+    data = ImageData(config.data, config.model.image_size)
     data.setup()
     classifier = ViTClassifier.load_from_checkpoint(tmp_path / "checkpoints" / "last.ckpt").eval()
     correct = total = 0
     with torch.no_grad():
         for images, labels in data.val_dataloader():
-            logits = classifier(eval_transform(images, 8, data.mean, data.std))
+            logits = classifier(images)
             correct += int((logits.argmax(1) == labels).sum())
             total += len(labels)
     assert float(rows_of(tmp_path)[-1]["val/acc"]) == pytest.approx(correct / total)

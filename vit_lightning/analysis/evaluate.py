@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.predictions import draw, measure, predict_split, write_per_class, write_predictions
-from vit_lightning.config import AugmentConfig, DataConfig, EvaluateConfig, InputError, Invocation, from_python
+from vit_lightning.config import DataConfig, EvaluateConfig, InputError, Invocation, from_python
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import evaluation_device
 from vit_lightning.provenance import provenance
@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
     chosen = chosen_data(config, classifier, invocation.keys if invocation else set())
     # No batch of training images is drawn, so that their number does not matter.
-    data = ImageData(replace(chosen, batch_size=1), AugmentConfig(), classifier.net.image_size)
+    data = ImageData(replace(chosen, batch_size=1), classifier.net.image_size)
     data.setup()
     probabilities, labels = predict_split(classifier, data, config.split, config.tta)
     names: list[str] = classifier.hparams["class_names"]

@@ -1,4 +1,4 @@
-"""Write a trained network into one file that others can run: ``python -m vit_lightning.export checkpoint=…``."""
+"""Export a trained network to one file: ``python -m vit_lightning.export checkpoint=…``."""
 
 import json
 from dataclasses import asdict
@@ -6,31 +6,29 @@ from pathlib import Path
 
 import torch
 
-from vit_lightning.analysis.graph import photographs
+from vit_lightning.analysis.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
 from vit_lightning.config import ExportConfig, InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier, publish
 from vit_lightning.terminal import print_files, print_table
 
-TOLERANCE = 1e-4  # between logits
-BATCHES = (1, 64)  # whose speed is measured
+TOLERANCE = 1e-4  # greatest difference between logits
+BATCHES = (1, 64)  # batch sizes of the speed measurement
 FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
 
 
 def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Export a checkpoint, check the export against PyTorch, and only then write it; compare the speeds of both.
+    """Export a checkpoint, compare the export's output and speed with PyTorch's, and write it if the output agrees.
 
-    The graph takes ``images`` (B, C, h, w) of uint8, of any number and size, resizes and normalises them, and gives
-    ``logits`` (B, classes). With it go ``class_names`` and ``config``, as JSON.
+    The graph maps ``images`` (B, C, h, w), uint8, of any number and size, to ``logits`` (B, classes); it crops, resizes
+    and normalises them as the classifier does. Its metadata has ``class_names`` and ``config`` as JSON.
 
     Returns:
-        The greatest difference between its logits and PyTorch's.
+        The greatest absolute difference between its logits and PyTorch's.
 
     Raises:
-        InputError: if there is no such checkpoint, no library to export with, or the export differs from PyTorch.
+        InputError: if there is no such checkpoint, a library is missing, or the export differs from PyTorch.
     """
-    from vit_lightning.analysis.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
-
     classifier = load_classifier(config.checkpoint)
     if config.format == "safetensors":
         return export_weights(config, classifier, run_dir)
@@ -42,10 +40,7 @@ def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = 
     unchecked = run_dir / f"unchecked-{path.name}"
     write = {"onnx": write_onnx, "torch_export": write_torch_export}[config.format]
 
-    @torch.inference_mode()
-    def pytorch(images: torch.Tensor) -> torch.Tensor:
-        return classifier(classifier.normalise(images))
-
+    pytorch = torch.inference_mode()(classifier)
     try:
         exported = write(trace(classifier), metadata, unchecked)
         images = photographs(classifier.net.channels)
@@ -72,10 +67,10 @@ def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = 
 
 
 def export_weights(config: ExportConfig, classifier: ViTClassifier, run_dir: Path) -> float:
-    """Write the weights at half precision, with the record of the run where ``config.checkpoint`` is its directory.
+    """Write the weights at half precision, with the run's record if ``config.checkpoint`` is a run's directory.
 
     Returns:
-        The greatest difference that half precision makes to a probability, over some photographs.
+        The greatest absolute difference of a probability due to half precision, over some photographs.
     """
     if config.data is not None:
         classifier.hparams["data"] = asdict(config.data)

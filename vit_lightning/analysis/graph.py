@@ -1,4 +1,4 @@
-"""A trained network as one graph from uint8 images to logits, and the files that hold it."""
+"""A trained classifier as one graph from uint8 images to logits, and the files that contain it."""
 
 import contextlib
 import io
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
 from vit_lightning.config import InputError
@@ -20,47 +19,27 @@ from vit_lightning.recipe.classifier import ViTClassifier
 Run = Callable[[Tensor], Tensor]  # uint8 images (B, C, h, w) to logits (B, classes)
 
 
-class FromBytes(nn.Module):
-    """A classifier's resize, normalisation and network. It always resizes: a graph knows no "where it is needed"."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, classifier: ViTClassifier) -> None:
-        super().__init__()
-        self.net = classifier.net
-        self.size = classifier.net.image_size
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(classifier.hparams[name]).view(1, -1, 1, 1))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, h, w), uint8, to logits (B, classes)."""
-        x = (images / 255 - self.mean) / self.std
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        return self.net(x)
-
-
 def trace(classifier: ViTClassifier) -> ExportedProgram:
-    """The graph from uint8 images (B, C, h, w), whose B, h and w are free, to logits (B, classes)."""
+    """Trace the graph from uint8 images (B, C, h, w), with dynamic B, h and w, to logits (B, classes)."""
     axes = {0: Dim("batch"), 2: Dim("height"), 3: Dim("width")}
     example = torch.zeros(2, classifier.net.channels, 40, 48, dtype=torch.uint8)
-    return torch.export.export(FromBytes(classifier).eval(), (example,), dynamic_shapes=(axes,))
+    return torch.export.export(classifier, (example,), dynamic_shapes=(axes,))
 
 
 def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -> Run:
     """Write an ONNX file, and open it in ONNX Runtime on the CPU.
 
     Raises:
-        InputError: if its libraries are not installed.
+        InputError: if the required libraries are not installed.
     """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise InputError(f'format=onnx needs {error.name}: pip install -e ".[export]"') from error
-    for name in ("onnxscript", "onnx_ir"):  # which tell of every node that they remove
+    for name in ("onnxscript", "onnx_ir"):  # these log every node that they remove
         logging.getLogger(name).setLevel(logging.WARNING)
-    with contextlib.redirect_stdout(io.StringIO()):  # its report of progress
+    with contextlib.redirect_stdout(io.StringIO()):  # hides the progress report
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
@@ -70,13 +49,13 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -
 
 
 def write_torch_export(program: ExportedProgram, metadata: dict[str, str], path: Path) -> Run:
-    """Write a file of ``torch.export``, and open it again."""
+    """Write a ``torch.export`` file, and open it."""
     torch.export.save(program, path, extra_files=metadata)
     return torch.export.load(path).module()
 
 
 def photographs(channels: int) -> Tensor:
-    """Pieces of two photographs that scikit-learn carries: (120, channels, 64, 64), uint8."""
+    """Cut the two photographs included in scikit-learn into images (120, channels, 64, 64), uint8."""
     pieces = []
     for image in load_sample_images().images:  # (427, 640, 3)
         grid = image[:384].reshape(6, 64, 10, 64, 3).transpose(0, 2, 4, 1, 3).reshape(60, 3, 64, 64)
@@ -86,7 +65,7 @@ def photographs(channels: int) -> Tensor:
 
 @torch.inference_mode()
 def measure_speed(run: Run, images: Tensor, seconds: float) -> float:
-    """The median time of a call, in seconds, over calls that take ``seconds`` together, three at least."""
+    """Return the median time of a call in seconds, over calls that take ``seconds`` in total, and at least three."""
     times: list[float] = []
     run(images)
     while len(times) < 3 or sum(times) < seconds:

@@ -1,4 +1,4 @@
-"""Name what pictures show: ``python -m vit_lightning.predict checkpoint=… images=…``."""
+"""Classify pictures: ``python -m vit_lightning.predict checkpoint=… images=…``."""
 
 import csv
 import glob
@@ -20,25 +20,25 @@ from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.terminal import print_files, print_table, with_bar
 
 BATCH = 64
-DRAWN = 24  # images at most in the attention picture
+DRAWN = 24  # maximum number of images in the attention picture
 
 
 def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Classify pictures, print a table, and write ``predictions.json`` and ``predictions.csv`` into ``run_dir``.
 
-    A file that cannot be read is named; the others are still classified, and the exit code is 1.
+    Files that cannot be read are listed on stderr; the others are still classified, and the exit code is 1.
 
     Returns:
-        The mean probability of the likeliest classes, in [0, 1].
+        The mean probability of the most likely classes, in [0, 1].
 
     Raises:
-        InputError: if there is no such checkpoint, or no picture that can be read.
+        InputError: if there is no such checkpoint, or no picture could be read.
     """
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
     paths, unreadable = find_images(config.images)
     size, channels = classifier.net.image_size, classifier.net.channels
     rows: list[dict[str, Any]] = []
-    seen: list[torch.Tensor] = []  # the images that are drawn
+    seen: list[torch.Tensor] = []  # the images to draw
     starts = range(0, len(paths), BATCH)
     for start in with_bar(starts, "Predicting", len(starts)):
         files, arrays = [], []
@@ -68,15 +68,15 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     show(rows)
     print_files(run_dir / name for name in written)
     if unreadable:
-        sys.exit(f"error: {len(unreadable)} of {len(unreadable) + len(rows)} files were not read, as said above")
+        sys.exit(f"error: {len(unreadable)} of {len(unreadable) + len(rows)} files could not be read (see above)")
     return sum(row["predictions"][0]["probability"] for row in rows) / len(rows)
 
 
 def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
-    """The picture files that files, directories and globs name, each once, and what names nothing."""
+    """Find the picture files that match files, directories and globs, without repeats, and list unmatched patterns."""
     suffixes = SUFFIXES | {".gif"}
     paths: dict[Path, None] = {}
-    nothing = []
+    unmatched = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
@@ -87,15 +87,15 @@ def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
             names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes no absolute pattern
             found = sorted(Path(name) for name in names if Path(name).is_file())
         if not found:
-            nothing.append(f"images={pattern} names no picture")
+            unmatched.append(f"images={pattern} matches no picture")
         paths.update(dict.fromkeys(found))
-    return list(paths), nothing
+    return list(paths), unmatched
 
 
 def describe(
     classifier: ViTClassifier, images: torch.Tensor, files: list[Path], config: PredictConfig
 ) -> list[dict[str, Any]]:
-    """For each image its file and its likeliest classes."""
+    """List each image's file and most likely classes."""
     names: list[str] = classifier.hparams["class_names"]
     top = classifier.classify(images, config.tta).topk(min(config.top, len(names)), dim=1)
     return [
@@ -110,7 +110,7 @@ def describe(
 
 
 def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, Any]], path: Path) -> None:
-    """Where the network looked in the first images: the rollout, and the heads' mean in the last block."""
+    """Draw the attention of the first images: the rollout, and the mean over heads in the last block."""
     maps = attention_maps(classifier.net, classifier.normalise(images))
     last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
     overlays = torch.stack([on_patches(classifier.net, rollout), last], dim=1).cpu().numpy()
@@ -126,7 +126,7 @@ def _shorten(name: str, length: int = 24) -> str:
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A row for each image: file, then class and probability, the likeliest first."""
+    """Write a row per image: file, then classes and probabilities, the most likely first."""
     count = len(rows[0]["predictions"])
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -138,9 +138,9 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the classes of each image."""
+    """Print the most likely classes of each image."""
     cells = []
     for row in rows:
         guesses = (f"{guess['class']} {guess['probability']:.1%}" for guess in row["predictions"])
         cells.append((row["file"], ", ".join(guesses)))
-    print_table(f"{len(rows)} images", ("file", "likeliest classes"), cells, left=2)
+    print_table(f"{len(rows)} images", ("file", "most likely classes"), cells, left=2)

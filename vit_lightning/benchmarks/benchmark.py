@@ -51,7 +51,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None
     quiet_lightning()
     check_accelerator(config.trainer)
     record = provenance(invocation or from_python())
-    data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
+    data = ImageData(config.data, config.model.image_size, config.seed)
     data.setup()
     config = follow_data(config, data)
     trainer = L.Trainer(accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)

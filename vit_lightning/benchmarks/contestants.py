@@ -47,7 +47,7 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
     if name == OURS:
         quiet_lightning()
         spare_memory_work()
-    data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
+    data = ImageData(config.data, config.model.image_size, config.seed)
     data.setup()
     if name == OURS:
         MEASURES["training"] = lambda: trainer_speed(config, data)
@@ -103,7 +103,13 @@ def trainer_speed(config: BenchmarkRun, data: ImageData) -> float:
     """Images a second of ``Trainer.fit``, as in the train command: metrics, logger, schedule and all."""
     timing = config.benchmark
     classifier = ViTClassifier(
-        asdict(config.model), asdict(config.optim), data.class_names, data.mean.tolist(), data.std.tolist()
+        asdict(config.model),
+        asdict(config.optim),
+        data.class_names,
+        data.mean.tolist(),
+        data.std.tolist(),
+        augment=asdict(config.augment),
+        seed=config.seed,
     )
 
     class Clock(L.Callback):
@@ -170,7 +176,7 @@ def step_seconds(config: BenchmarkRun, data: ImageData, device: torch.device) ->
 
 def operator_shares(config: BenchmarkRun, device: torch.device) -> dict[str, float]:
     """:func:`shares` of torch's operators in a training step, that of :func:`step_seconds` at the configured size."""
-    data = ImageData(config.data, config.augment, config.model.image_size, config.seed)
+    data = ImageData(config.data, config.model.image_size, config.seed)
     data.setup()
     step, batches = plain_step(ViT(config.model).to(device), fused=True), ready_batches(config, data, device)
     for _ in range(config.benchmark.warmup):

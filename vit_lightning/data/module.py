@@ -1,8 +1,8 @@
-"""The LightningDataModule: splits, batches and transforms of one data source."""
+"""The LightningDataModule: splits and batches of one data source."""
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,58 +11,62 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vit_lightning.config import AugmentConfig, ConfigT, DataConfig, InputError
+from vit_lightning.config import ConfigT, DataConfig, InputError
 from vit_lightning.data.sources import ImageArrays, load_arrays
-from vit_lightning.recipe.augment import eval_transform, mix, train_transform
 
 
 class ImageData(L.LightningDataModule):
-    """Images of one source as batches of normalised floats.
+    """Images of one source as batches of uint8 images (B, C, h, w) and int64 labels (B,).
 
-    Loaders yield uint8 images (B, C, h, w) and labels (B,); on the training device a batch then becomes
-    float32 (B, C, S, S) by :mod:`vit_lightning.recipe.augment`. In validation and test every image counts once. With
-    ``data.workers=0``, on a GPU whose free memory is more than twice as large as the images, they lie there, and no
-    batch is copied.
+    In validation and test, every image counts exactly once. With ``data.workers=0``, on a GPU whose free memory is more
+    than twice the size of the images, they are kept there, and no batch is copied.
 
     Args:
         data: source, split and batches.
-        augment: random transforms of the training images.
-        image_size: S, in pixels.
-        seed: seed of the order of the training images, and of what is random in a step.
+        image_size: S, side of the network's images in pixels, on which the stored size may depend.
+        seed: seed of the order of the training images.
     """
 
-    def __init__(self, data: DataConfig, augment: AugmentConfig, image_size: int, seed: int = 0) -> None:
+    def __init__(self, data: DataConfig, image_size: int, seed: int = 0) -> None:
         super().__init__()
         self.config = data
-        self.augment = augment
         self.image_size = image_size
         self.seed = seed
         self.arrays: ImageArrays | None = None
         self.resident: dict[str, tuple[Tensor, Tensor]] = {}
-        self.gone_before: dict[str, int] = {}
+        self.resume_position: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the training images are, so that a run can go on within an epoch."""
-        loader = self.trainer.train_dataloader if self.trainer else None
-        return loader.state_dict() if isinstance(loader, ResumableLoader) else {}  # there is none outside of training
+        """Return the position in the training images, so that a run can be resumed within an epoch."""
+        loader = self._training_loader()
+        return {} if loader is None else loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`, also for a loader that is there already.
+        """Restore the position.
 
-        The Trainer restores loaders as it makes them, which a schedule that asks for its steps has it do too early.
+        A schedule that asks for the number of steps makes the Trainer create its loader earlier than this, so that an
+        existing loader is moved too.
         """
-        self.gone_before.update(state_dict)
+        self.resume_position = state_dict
+        loader = self._training_loader()
+        if loader is not None:
+            loader.load_state_dict(state_dict)
+
+    def _training_loader(self) -> "ResumableLoader | None":
+        """The Trainer's loader; ``None`` outside training."""
+        loader = self.trainer.train_dataloader if self.trainer else None
+        return loader if isinstance(loader, ResumableLoader) else None
 
     def prepare_data(self) -> None:
-        """Download and decode what is not there yet."""
+        """Download and decode images that are not cached yet."""
         if self.arrays is None:
             load_arrays(self.config, self.image_size)
 
     def setup(self, stage: str | None = None) -> None:
-        """Open the arrays and split them.
+        """Open the images and split them.
 
         Raises:
-            InputError: if the source cannot be read, or is too small for the split, the batch size or the crop.
+            InputError: if the source cannot be read, or is too small for the split or the batch size.
         """
         if self.arrays is not None:
             return
@@ -72,9 +76,6 @@ class ImageData(L.LightningDataModule):
             raise InputError(
                 f"data.batch_size={self.config.batch_size} exceeds the {len(self.indices['train'])} training images"
             )
-        side = arrays.images["train"].shape[-1]
-        if self.augment.crop >= side:
-            raise InputError(f"augment.crop={self.augment.crop} must be less than the images' {side} pixels")
         self.mean = torch.tensor(arrays.mean)
         self.std = torch.tensor(arrays.std)
         self.class_names = arrays.class_names
@@ -82,71 +83,51 @@ class ImageData(L.LightningDataModule):
         self.arrays = arrays
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled anew each epoch; the last incomplete batch is dropped."""
+        """Return training batches, shuffled in each epoch; the last incomplete batch is dropped."""
         return self._loader("train", self.config.batch_size, shuffle=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
-        """Every image of ``train``, ``val`` or ``test``, once, in order."""
+        """Return every image of ``train``, ``val`` or ``test``, once, in order."""
         return self._loader(split, self.config.eval_batch_size, shuffle=False)
 
     def val_dataloader(self) -> DataLoader:
-        """Every validation image, once, in order."""
+        """Return every validation image, once, in order."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Every test image, once, in order."""
+        """Return every test image, once, in order."""
         return self.eval_dataloader("test")
 
     def stored(self, split: str, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Images as they are stored (n, C, h, w), uint8, and labels (n,), at n positions of a split, on the CPU."""
-        assert self.arrays is not None, "setup() comes first"
+        """Return images (n, C, h, w), uint8, and labels (n,) at n positions of a split, on the CPU."""
+        assert self.arrays is not None, "call setup() first"
         part, indices = self._part(split), self.indices[split][positions]
         return self.arrays.images[part][indices], self.arrays.labels[part][indices]
 
-    def on_after_batch_transfer(self, batch: tuple[Tensor, Tensor], dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Transform a batch on the device it is on: randomly in training, plainly elsewhere.
-
-        Where images are mixed, the labels become probabilities (B, classes).
-        """
-        images, labels = batch
-        mean, std = self.mean.to(images.device), self.std.to(images.device)
-        if self.trainer is not None and self.trainer.training:
-            # Augmentation and dropout of a step follow from its number alone, so that a resumed run repeats them.
-            use = f"step {self.trainer.global_rank}" if self.trainer.global_rank else "step"
-            torch.manual_seed(derived_seed(self.seed, self.trainer.global_step, use))
-            augment = self.augment
-            if augment.until < 1 and cast(Any, self.trainer.lightning_module).progress() >= augment.until:
-                augment = replace(augment, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
-            images = train_transform(images, self.image_size, mean, std, augment)
-            if augment.mixup or augment.cutmix:
-                return mix(images, labels, len(self.class_names), augment)
-            return images, labels
-        return eval_transform(images, self.image_size, mean, std), labels
-
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
-        assert self.arrays is not None, "setup() comes first"
+        assert self.arrays is not None, "call setup() first"
         part = self._part(split)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images, labels = self._on_device(part, device)
         sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share)
         if shuffle:
-            sampler.gone_before = self.gone_before
+            sampler.resume_position = self.resume_position
         return ResumableLoader(
             ArrayDataset(images, labels),
             sampler=sampler,
-            batch_size=None,  # the sampler makes the batches
+            batch_size=None,  # the sampler yields whole batches
             num_workers=self.config.workers,
             persistent_workers=self.config.workers > 0,
             pin_memory=device.type == "cuda" and images.device.type == "cpu",
         )
 
     def _part(self, split: str) -> str:
-        """The source's own split that holds the images."""
+        """The source's own split that contains the images."""
         return "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
 
     def _on_device(self, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images and labels of ``train`` or ``test``, on a GPU where they fit beside a network."""
+        """The images and labels of ``train`` or ``test``, on the GPU if they fit there next to a network."""
         assert self.arrays is not None
         images, labels = self.arrays.images[part], self.arrays.labels[part]
         if device.type != "cuda" or self.config.workers:
@@ -157,11 +138,15 @@ class ImageData(L.LightningDataModule):
 
 
 def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
-    """Set the number of classes and channels from the data.
+    """Set the number of classes and channels from the data, and check ``augment.crop`` against the images' size.
 
     Raises:
-        InputError: if they are set, and otherwise.
+        InputError: if ``model.num_classes`` or ``model.channels`` is set to another number, or the crop is too large.
     """
+    assert data.arrays is not None, "call setup() first"
+    side = data.arrays.images["train"].shape[-1]
+    if config.augment.crop >= side:
+        raise InputError(f"augment.crop={config.augment.crop} must be less than the images' {side} pixels")
     classes, channels = len(data.class_names), data.channels
     for key, found in (("num_classes", classes), ("channels", channels)):
         wanted = getattr(config.model, key)
@@ -173,13 +158,13 @@ def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
 
 
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
-    """Indices of the training, validation and test images: validation's point into the test images in the blog split.
+    """Choose the training, validation and test images; in the blog split, validation indexes the test images.
 
     Returns:
         ``train``, ``val`` and ``test``, each int64 of shape (number of images,).
 
     Raises:
-        InputError: if a part would be empty, or a class too small to be in each.
+        InputError: if a split would be empty, or a class has too few images to be in each.
     """
     n_train, n_test = len(arrays.labels["train"]), len(arrays.labels["test"])
     if config.split == "blog":
@@ -208,7 +193,7 @@ def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
 
 
 class ArrayDataset(Dataset):
-    """Gathers whole batches from arrays: ``dataset[indices]``, indices an int64 tensor."""
+    """Gathers whole batches from arrays: ``dataset[indices]`` with an int64 tensor (B,)."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images = images
@@ -220,14 +205,14 @@ class ArrayDataset(Dataset):
 
 
 class BatchIndices(Sampler[Tensor]):
-    """Batches of indices. The order of an epoch follows from the seed and the epoch's number and from nothing else.
+    """Yields batches of indices, in an order that depends on the seed and the epoch's number only.
 
     Args:
         indices: (number of images,).
-        batch_size: indices of a batch.
-        shuffle: whether each epoch has an order of its own and drops its last incomplete batch (training).
+        batch_size: number of indices per batch.
+        shuffle: whether to shuffle each epoch and drop its last incomplete batch (training).
         seed: seed of the orders.
-        share: rank of the process and number of processes, among which every batch is divided.
+        share: rank of the process and number of processes; every batch is divided among them.
     """
 
     def __init__(
@@ -239,10 +224,10 @@ class BatchIndices(Sampler[Tensor]):
         self.seed = seed
         self.rank, self.processes = share
         self.epoch = 0
-        self.gone_before: dict[str, int] = {}  # epoch and batches at which a run goes on
+        self.resume_position: dict[str, int] = {}  # the epoch, and its number of batches before the interruption
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the order; the Trainer calls this at the start of every epoch."""
+        """Select the order; the Trainer calls this at the start of every epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -251,45 +236,45 @@ class BatchIndices(Sampler[Tensor]):
 
     @property
     def first(self) -> int:
-        """The number, from 0, of the epoch's next batch to be given: 0 but in an epoch that was interrupted."""
-        return self.gone_before["batches"] if self.epoch == self.gone_before.get("epoch") else 0
+        """Index of the first batch to yield: 0, except in an epoch that was interrupted."""
+        return self.resume_position["batches"] if self.epoch == self.resume_position.get("epoch") else 0
 
     def __iter__(self) -> Iterator[Tensor]:
         yield from self.batches()[self.first :]
 
     def batches(self) -> list[Tensor]:
-        """All batches of the epoch, this process's share of each."""
+        """Return this process's share of all batches of the epoch."""
         order = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
             order = order[torch.randperm(len(order), generator=generator)]
         batches = order.split(self.batch_size)[: len(self)]
         if self.processes > 1 and not self.shuffle:
-            batches = order.tensor_split(len(self))  # none so small that a process goes without
+            batches = order.tensor_split(len(self))  # even parts, so that every process gets an image of each
         return [batch.tensor_split(self.processes)[self.rank] for batch in batches]
 
 
 class ResumableLoader(DataLoader):
-    """Knows how many batches of an epoch it has given; takes :class:`BatchIndices`."""
+    """Counts the batches that it has yielded in an epoch; its sampler is a :class:`BatchIndices`."""
 
     sampler: BatchIndices
-    given = 0
+    yielded = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        self.given = self.sampler.first  # at the first batch, when the Trainer has set the epoch
+        self.yielded = self.sampler.first  # the generator starts after the Trainer has set the epoch
         for batch in super().__iter__():
-            self.given += 1
+            self.yielded += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """Where it is."""
-        return {"epoch": self.sampler.epoch, "batches": self.given}
+        """Return the current position."""
+        return {"epoch": self.sampler.epoch, "batches": self.yielded}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """Go on from there."""
-        self.sampler.gone_before.update(state_dict)
+        """Continue from a position."""
+        self.sampler.resume_position = state_dict
 
 
 def derived_seed(seed: int, number: int, use: str) -> int:
-    """A seed for one use of one epoch or step of a run, which has nothing in common with those of others."""
+    """Derive the seed of one use of one epoch or step of a run, independent of all others."""
     return int(np.random.SeedSequence([seed, number, *use.encode()]).generate_state(1, np.uint64)[0]) >> 1

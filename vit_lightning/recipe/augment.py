@@ -1,7 +1,7 @@
-"""Transforms of whole batches of uint8 images, on the device they are on, with parameters of their own for every image.
+"""Transforms of whole batches of uint8 images, on the device they are on, with independent parameters per image.
 
-Resize, rotation, flip and shift are one affine sampling of the small source images; normalisation is folded into it.
-What is off costs nothing.
+Resizing, rotation, flip and shift are one affine sampling of the small source images, with the normalisation folded in.
+A transform that is switched off costs nothing.
 Axes: B batch, C channels, h and w the source's height and width, S the network's image size.
 """
 
@@ -17,38 +17,39 @@ from vit_lightning.config import AugmentConfig
 
 
 def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Resize to ``size`` (bilinear, antialiased), scale to [0, 1] and normalise, as torchvision does.
+    """Crop to the central square, scale to [0, 1], normalise and resize, as torchvision does.
 
     Args:
-        images: (B, C, h, w), uint8.
+        images: (B, C, h, w), uint8, of any height and width.
         size: S, in pixels.
-        mean: (C,), the training set's mean of each channel on [0, 1].
-        std: (C,), its standard deviation.
+        mean: (C,), mean of each channel of the training set, with pixel values in [0, 1].
+        std: (C,), standard deviation of each channel.
 
     Returns:
         (B, C, S, S), float32.
     """
-    x = (images / 255 - _per_channel(mean)) / _per_channel(std)
+    x = (centre_crop(images) / 255 - _per_channel(mean)) / _per_channel(std)
     return resize(x, size)
 
 
 def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config: AugmentConfig) -> Tensor:
-    """Crop, change by a policy, resize, randomly rotate, flip and shift, scale to [0, 1], normalise and erase.
+    """Crop, apply a policy, resize, randomly rotate, flip and shift, scale to [0, 1], normalise and erase.
 
-    What a rotation or a shift brings in from outside the image is black, as in torchvision's ``RandomRotation``;
+    Areas that a rotation or a shift moves in from outside the image are black, as in torchvision's ``RandomRotation``;
     sampling is bilinear. The random numbers come from torch's CPU generator.
 
     Args:
-        images: (B, C, h, w), uint8.
+        images: (B, C, h, w), uint8, of any height and width; the central square is used.
         size: S, in pixels.
-        mean: (C,), the training set's mean of each channel on [0, 1].
-        std: (C,), its standard deviation.
+        mean: (C,), mean of each channel of the training set, with pixel values in [0, 1].
+        std: (C,), standard deviation of each channel.
         config: strength of each transform.
 
     Returns:
         (B, C, S, S), float32.
     """
-    h, w = images.shape[-2:]
+    images = centre_crop(images)
+    side = images.shape[-1]
     if config.crop:
         images = random_crop(images, config.crop)
     if config.policy != "none":
@@ -57,10 +58,10 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
             "rand": v2.RandAugment,
             "auto": functools.partial(v2.AutoAugment, v2.AutoAugmentPolicy.CIFAR10),
         }[config.policy]()
-        images = torch.stack([policy(image) for image in images])  # called once for all, it would treat all alike
-    # Only divided here, so that black is still zero, which is what the outside becomes; the mean is taken off last.
+        images = torch.stack([policy(image) for image in images])  # one call for the batch would treat all images alike
+    # Only divided here, so that black is still zero, which the area outside becomes; the mean is subtracted last.
     x = images / (255 * _per_channel(std))
-    if h > size or w > size:  # sampling cannot average over the source pixels that a target pixel covers
+    if side > size:  # sampling cannot average over the source pixels that a target pixel covers
         x = resize(x, size)
     if config.rotation or config.shift or x.shape[-2:] != (size, size):
         theta = random_affine(len(images), config).to(images.device)
@@ -73,8 +74,8 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
     x.sub_(_per_channel(mean / std))
     if config.erase:
-        # Area and ratio in the range of Zhong et al., 2020 (https://arxiv.org/abs/1708.04896, section 3), filled with
-        # the mean. Tall and wide are alike here (log-uniform), and the border cuts a box off where they draw another.
+        # Area and ratio are in the range of Zhong et al., 2020 (https://arxiv.org/abs/1708.04896, section 3), and the
+        # fill is the mean. Unlike theirs, the ratio is log-uniform, and a box that crosses the border is clipped.
         erased = torch.rand(len(images)) < config.erase
         area = torch.empty(len(images)).uniform_(0.02, 0.4) * erased
         ratio = torch.empty(len(images)).uniform_(math.log(0.3), math.log(1 / 0.3)).exp()
@@ -83,7 +84,7 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
 
 
 def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> tuple[Tensor, Tensor]:
-    """Mix each image with another of the batch: MixUp and CutMix, each image with a share and a box of its own.
+    """Mix each image with another of the batch by MixUp or CutMix, with an independent share and box per image.
 
     MixUp: Zhang et al., 2018, https://arxiv.org/abs/1710.09412, section 2. CutMix: Yun et al., 2019,
     https://arxiv.org/abs/1905.04899, section 3.1.
@@ -95,7 +96,7 @@ def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> 
         config: ``mixup``, ``cutmix`` and ``mix_prob``.
 
     Returns:
-        Images, and probabilities of the classes (B, classes).
+        The mixed images (B, C, S, S), and the class probabilities (B, classes).
     """
     B, device = len(labels), images.device
     cut = torch.full((B,), config.cutmix > 0)
@@ -104,24 +105,24 @@ def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> 
     share = torch.where(cut, _beta(config.cutmix, B), _beta(config.mixup, B))  # of the other image
     share = share * (torch.rand(B) < config.mix_prob)
     box = random_boxes(share * cut, torch.ones(B), images.shape[-1])
-    share = torch.where(cut, box.float().mean(dim=(1, 2, 3)), share).to(device)  # of a box, what of it lies inside
+    share = torch.where(cut, box.float().mean(dim=(1, 2, 3)), share).to(device)  # the part of a box inside the image
     weight = torch.where(cut.to(device).view(-1, 1, 1, 1), box.to(device).float(), share.view(-1, 1, 1, 1))
     targets = F.one_hot(labels, classes).float()
-    # The batch is in random order already: an image's neighbour is a random other one.
+    # Training batches are already in random order, so that an image's neighbour is a random other image.
     return torch.lerp(images, images.roll(1, dims=0), weight), torch.lerp(
         targets, targets.roll(1, dims=0), share.view(-1, 1)
     )
 
 
 def random_crop(images: Tensor, padding: int) -> Tensor:
-    """Shift every image by up to ``padding`` whole pixels along each axis; the border is reflected.
+    """Shift every image by up to ``padding`` whole pixels along each axis, with a reflected border.
 
     Args:
         images: (B, C, h, w).
         padding: in pixels, less than h and w.
 
     Returns:
-        (B, C, h, w): what torchvision's ``RandomCrop`` makes of each with reflected padding.
+        (B, C, h, w), as torchvision's ``RandomCrop`` with reflected padding, applied to each image.
     """
     B, _, h, w = images.shape
     shift = torch.randint(-padding, padding + 1, (2, B, 1))
@@ -134,10 +135,10 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
 
 
 def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
-    """Rectangles at random places, cut off where they leave the image.
+    """Draw rectangles at random places, clipped to the image.
 
     Args:
-        area: (B,), share of the image.
+        area: (B,), as a fraction of the image.
         ratio: (B,), height divided by width.
         size: S, side of the image in pixels.
 
@@ -152,7 +153,7 @@ def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
 
 
 def random_affine(batch: int, config: AugmentConfig) -> Tensor:
-    """Random maps from target to source coordinates: a flip, after it a rotation and a shift.
+    """Draw affine maps from target to source coordinates: a flip, then a rotation and a shift.
 
     Args:
         batch: B, the number of images.
@@ -170,7 +171,7 @@ def random_affine(batch: int, config: AugmentConfig) -> Tensor:
 
 
 def sampling_grid(theta: Tensor, size: int) -> Tensor:
-    """Where each target pixel lies in the source: :func:`torch.nn.functional.affine_grid`, many times as fast on a CPU.
+    """Compute the source coordinates of each target pixel, faster on a CPU than ``torch.nn.functional.affine_grid``.
 
     Args:
         theta: (B, 2, 3), from :func:`random_affine`.
@@ -185,15 +186,26 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     return by_column[:, :, None, :] + by_row[:, :, :, None]
 
 
+def centre_crop(images: Tensor) -> Tensor:
+    """Crop images (B, C, h, w) to the central square (B, C, s, s), where s = min(h, w)."""
+    h, w = images.shape[-2:]
+    if not torch.compiler.is_exporting() and h == w:  # an exported graph cannot branch on its input's size
+        return images
+    side = torch.sym_min(h, w)
+    # A slice would tie an exported graph to the layout, and so to the orientation, of the example image.
+    pixel = torch.arange(side, device=images.device)
+    return images.index_select(-2, pixel + (h - side) // 2).index_select(-1, pixel + (w - side) // 2)
+
+
 def resize(images: Tensor, size: int) -> Tensor:
-    """Images (B, C, h, w), float, at S × S pixels: bilinear, antialiased."""
-    if images.shape[-2:] == (size, size):
+    """Resize float images (B, C, h, w) to (B, C, S, S): bilinear, antialiased."""
+    if not torch.compiler.is_exporting() and images.shape[-2:] == (size, size):  # an exported graph cannot branch
         return images
     return F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
 
 
 def denormalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Undo the normalisation: (B, C, S, S) float to values in [0, 1], for looking at."""
+    """Undo the normalisation of images (B, C, S, S), to display them: float, in [0, 1]."""
     return (images * _per_channel(std) + _per_channel(mean)).clamp(0, 1)
 
 

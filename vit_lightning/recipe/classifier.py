@@ -1,5 +1,6 @@
-"""The LightningModule: a network with its loss, metrics and optimizer."""
+"""The LightningModule: transforms, network, loss, metrics and optimizer."""
 
+from dataclasses import replace
 from typing import Any, cast
 
 import lightning as L
@@ -8,33 +9,66 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torchmetrics import MeanMetric, Metric
+from torchmetrics import MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from vit_lightning.config import ModelConfig, OptimConfig
+from vit_lightning.config import AugmentConfig, ModelConfig, OptimConfig
+from vit_lightning.data.module import derived_seed
 from vit_lightning.model.vit import ViT
-from vit_lightning.recipe.augment import eval_transform, resize
+from vit_lightning.recipe.augment import eval_transform, mix, resize, train_transform
 from vit_lightning.recipe.optim import build_optimizer, build_schedule
 
 
-class ViTClassifier(L.LightningModule):
-    """A Vision Transformer trained with cross-entropy, its top-1 and top-5 accuracy.
+class ImageCount(SumMetric):
+    """The number of images that the other metrics of a collection are computed from."""
 
-    Every argument is a plain container, kept in the checkpoint: ``ViTClassifier.load_from_checkpoint(path)`` needs
-    nothing else.
+    def update(self, target: Tensor) -> None:  # type: ignore[override]
+        """Count a batch by its labels (B,)."""
+        super().update(len(target))
+
+
+def build_metrics(classes: int) -> MetricCollection:
+    """Everything that is measured in training, validation and testing.
+
+    A batch updates a metric with those of ``preds`` (logits), ``target``, ``value`` (the loss) and ``weight`` (the
+    number of images) that its ``update`` takes.
+    """
+    metrics = {
+        "loss": MeanMetric(),
+        "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
+        # With fewer than five classes, any five guesses include the label.
+        "acc5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
+        "images": ImageCount(),
+    }
+    # Metrics whose states are equal after one batch, as top-1 and top-5 may be, would otherwise be merged.
+    return MetricCollection(cast(dict[str, Any], metrics), compute_groups=False)
+
+
+class ViTClassifier(L.LightningModule):
+    """A Vision Transformer from uint8 images to logits, trained with cross-entropy.
+
+    Every argument is a plain container that is saved in the checkpoint: ``ViTClassifier.load_from_checkpoint(path)``
+    needs nothing else.
 
     Args:
-        model: fields of :class:`~vit_lightning.config.ModelConfig`, ``num_classes`` and ``channels`` set.
+        model: fields of :class:`~vit_lightning.config.ModelConfig`, with ``num_classes`` and ``channels`` set.
         optim: fields of :class:`~vit_lightning.config.OptimConfig`.
         class_names: names of the classes, in the order of the logits.
-        mean: of each channel of the training images, on [0, 1]: what images are normalised by.
-        std: the standard deviation of each channel, likewise.
-        data: fields of :class:`~vit_lightning.config.DataConfig`: what it is trained on, where that is known.
+        mean: mean of each channel of the training images, in [0, 1], used for normalisation.
+        std: standard deviation of each channel, likewise.
+        data: fields of :class:`~vit_lightning.config.DataConfig`: the training data, if known.
+        augment: fields of :class:`~vit_lightning.config.AugmentConfig`; ``None`` for no augmentation.
+        seed: seed of the random numbers of the training steps.
+
+    Attributes:
+        log_curves: whether metrics are passed to the Trainer's logger; turned off by a callback that does so itself.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -44,118 +78,154 @@ class ViTClassifier(L.LightningModule):
         mean: list[float],
         std: list[float],
         data: dict[str, Any] | None = None,
+        augment: dict[str, Any] | None = None,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.net = ViT(ModelConfig(**model))
+        self.augment = AugmentConfig(**(augment or {"rotation": 0.0, "flip": 0.0}))
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
         side = self.net.image_size
-        self.example_input_array = torch.zeros(1, self.net.channels, side, side)  # the model summary's sizes and FLOPs
-        classes = len(class_names)
-        self.metrics = nn.ModuleDict()
-        for stage in ("train", "val", "test"):
-            self.metrics[f"{stage}/loss"] = MeanMetric()
-            self.metrics[f"{stage}/acc"] = MulticlassAccuracy(classes, average="micro", validate_args=False)
-            # With fewer than five classes any five guesses hold the right one.
-            self.metrics[f"{stage}/acc5"] = MulticlassAccuracy(
-                classes, top_k=min(5, classes), average="micro", validate_args=False
-            )
+        # The model summary computes sizes and FLOPs from it.
+        self.example_input_array = torch.zeros(1, self.net.channels, side, side, dtype=torch.uint8)
+        metrics = build_metrics(len(class_names))
+        self.train_metrics = metrics.clone(prefix="train/")
+        self.val_metrics = metrics.clone(prefix="val/")
+        self.test_metrics = metrics.clone(prefix="test/")
+        self.log_curves = True
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, S, S) to logits (B, num_classes)."""
-        return self.net(images)
+        """Compute the logits of stored images.
+
+        Args:
+            images: (B, C, h, w), uint8, of any height and width, on any device; the central square is used.
+
+        Returns:
+            (B, num_classes), on the classifier's device.
+        """
+        return self.net(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Images as they are stored, (B, C, h, w) of uint8, to what the network takes, (B, C, S, S) of float32."""
-        mean, std = (torch.tensor(self.hparams[name], device=self.device) for name in ("mean", "std"))
-        return eval_transform(images.to(self.device), self.net.image_size, mean, std)
+        """Convert stored images (B, C, h, w), uint8, to the network's input (B, C, S, S), float32."""
+        return eval_transform(images.to(self.mean.device), self.net.image_size, self.mean, self.std)
 
     @torch.inference_mode()
     def classify(self, images: Tensor, tta: bool = False) -> Tensor:
-        """Probabilities of the classes, for images as they are stored.
+        """Compute the class probabilities of stored images.
 
         Args:
-            images: (B, C, h, w), uint8, of any size, on any device.
+            images: (B, C, h, w), uint8, as :meth:`forward` takes them.
             tta: whether the probabilities of an image and its mirror image are averaged.
 
         Returns:
-            (B, classes), float32, on the classifier's device.
+            (B, num_classes), float32, on the classifier's device.
 
         Raises:
             ValueError: if the classifier is in training mode.
         """
         if self.training:
-            raise ValueError("classify() is for evaluation mode: call eval()")
+            raise ValueError("classify() requires evaluation mode: call eval() first")
         x = self.normalise(images)
-        probabilities = self(x).softmax(dim=-1)
-        return (probabilities + self(x.flip(-1)).softmax(dim=-1)) / 2 if tta else probabilities
+        probabilities = self.net(x).softmax(dim=-1)
+        return (probabilities + self.net(x.flip(-1)).softmax(dim=-1)) / 2 if tta else probabilities
+
+    def augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Transform a training batch for the current step; repeated calls return the same result.
+
+        The step's random numbers (augmentation, then dropout) are seeded here by its number alone, so that a resumed
+        run repeats them.
+
+        Args:
+            images: (B, C, h, w), uint8, on the classifier's device.
+            labels: (B,), int64.
+
+        Returns:
+            The network's input (B, C, S, S), float32, where S is ``optim.small_size`` in the first
+            ``optim.small_share`` of the run if it is set; and the labels, or if images are mixed the class
+            probabilities (B, num_classes).
+        """
+        use = f"step {self.global_rank}" if self.global_rank else "step"
+        torch.manual_seed(derived_seed(self.hparams["seed"], self.global_step, use))
+        config, optim = self.augment, self.hparams["optim"]
+        if config.until < 1 and self.progress() >= config.until:
+            config = replace(config, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+        with torch.autocast(images.device.type, enabled=False):  # coordinates need float32
+            x = train_transform(images, self.net.image_size, self.mean, self.std, config)
+            if config.mixup or config.cutmix:
+                x, labels = mix(x, labels, len(self.hparams["class_names"]), config)
+            if optim["small_size"] is not None and self.progress() < optim["small_share"]:
+                x = resize(x, optim["small_size"])
+        return x, labels
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of a batch, with metrics in training mode (dropout and augmentation on)."""
-        images, labels = batch
-        loss, _ = self._step((self.sized(images), labels), "train")
-        self.log("train/loss_step", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
+        """Return the cross-entropy of an augmented batch, with dropout."""
+        x, targets = self.augmented(*batch)
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["optim"]["label_smoothing"])
+        labels = targets.argmax(dim=1) if targets.ndim == 2 else targets  # of a mixed image, the larger share
+        self._measure("train", logits, labels, loss)
+        self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
         return loss
 
-    def sized(self, images: Tensor) -> Tensor:
-        """Training images (B, C, S, S), at ``optim.small_size`` in the part of a run that has small ones."""
-        config = self.hparams["optim"]
-        small = config["small_size"] is not None and self.progress() < config["small_share"]
-        return resize(images, config["small_size"]) if small else images
-
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Count a batch into ``val/…``; its logits."""
-        return self._step(batch, "val")[1]
+        """Update the ``val/…`` metrics with a batch, and return its logits."""
+        return self._evaluate("val", *batch)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Count a batch into ``test/…``."""
-        self._step(batch, "test")
+        """Update the ``test/…`` metrics with a batch."""
+        self._evaluate("test", *batch)
 
-    def _step(self, batch: tuple[Tensor, Tensor], stage: str) -> tuple[Tensor, Tensor]:
-        images, labels = batch
+    def _evaluate(self, stage: str, images: Tensor, labels: Tensor) -> Tensor:
         logits = self(images)
-        smoothing = self.hparams["optim"]["label_smoothing"] if stage == "train" else 0.0
-        loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
-        if labels.ndim == 2:  # probabilities, of mixed images: the greater part counts
-            labels = labels.argmax(dim=1)
-        metrics = {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith(stage)}
-        metrics[f"{stage}/loss"].update(loss.detach(), weight=len(labels))  # a mean over samples, not over batches
-        metrics[f"{stage}/acc"].update(logits, labels)
-        metrics[f"{stage}/acc5"].update(logits, labels)
-        logger = False if self.trainer.state.fn == TrainerFn.FITTING else None  # there EpochRecorder writes the curves
-        show = stage == "val"
-        self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=show, logger=logger, batch_size=len(labels))
-        return loss, logits
+        self._measure(stage, logits, labels, F.cross_entropy(logits, labels))
+        return logits
+
+    def _measure(self, stage: str, logits: Tensor, labels: Tensor, loss: Tensor) -> None:
+        metrics: MetricCollection = getattr(self, f"{stage}_metrics")
+        metrics.update(preds=logits, target=labels, value=loss.detach(), weight=len(labels))
+        for name, metric in metrics.items():
+            shown = not name.endswith("/images")
+            self.log(
+                name,
+                metric,
+                on_step=False,
+                on_epoch=True,
+                prog_bar=shown and stage == "val",
+                logger=None if shown and self.log_curves else False,
+                batch_size=len(labels),
+            )
 
     def on_validation_epoch_start(self) -> None:
-        """Let all processes validate the first one's network: each has its own images' statistics in batch norms."""
+        """Validate the first process's network in all processes: batch norms have different statistics in each."""
         if self.trainer.world_size > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
 
     def on_train_epoch_start(self) -> None:
-        """Count anew: a checkpoint that was written at an epoch's end still holds that epoch's metrics."""
-        for metric in self._training_metrics().values():
-            metric.reset()
+        """Reset the metrics: a checkpoint written at the end of an epoch still holds that epoch's."""
+        self.train_metrics.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what the metrics have counted in the present epoch, in all processes together."""
-        counted = {}
-        for name, metric in self._training_metrics().items():
+        """Save the metric states of the current epoch, summed over all processes."""
+        states = {}
+        for name, metric in self.train_metrics.items():
             with metric.sync_context():
-                counted[name] = {key: cast(Tensor, value).clone() for key, value in metric.metric_state.items()}
-        checkpoint["metrics"] = counted
+                states[name] = {key: cast(Tensor, value).clone() for key, value in metric.metric_state.items()}
+        checkpoint["metrics"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on counting from there, in the first process alone."""
-        for name, metric in self._training_metrics().items():
-            if name in checkpoint.get("metrics", {}) and self._trainer is not None and self.trainer.is_global_zero:
-                metric.merge_state({key: value.to(metric.device) for key, value in checkpoint["metrics"][name].items()})
-
-    def _training_metrics(self) -> dict[str, Metric]:
-        return {name: cast(Metric, metric) for name, metric in self.metrics.items() if name.startswith("train")}
+        """Restore the metric states, in the first process only."""
+        if self._trainer is None or not self.trainer.is_global_zero:
+            return
+        states = checkpoint.get("metrics", {})
+        for name, metric in self.train_metrics.items():
+            if name in states:
+                metric.merge_state({key: value.to(metric.device) for key, value in states[name].items()})
 
     def progress(self) -> float:
-        """How much of the training is over, by ``optim.clock``: 0 at its start, 1 at its end."""
+        """Return the completed fraction of the training, by ``optim.clock``, in [0, 1]."""
         if self.hparams["optim"]["clock"] == "steps":
             return self.trainer.global_step / self.trainer.estimated_stepping_batches
         timer = timer_of(self.trainer)
@@ -165,7 +235,7 @@ class ViTClassifier(L.LightningModule):
         return timer.time_elapsed() / (timer.time_elapsed() + left)
 
     def configure_model(self) -> None:
-        """With ``trainer.strategy=fsdp``, have each process hold a part of every block, and of the rest."""
+        """With ``trainer.strategy=fsdp``, shard every block, and the rest of the network, over the processes."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
             for block in self.net.blocks:
@@ -173,7 +243,7 @@ class ViTClassifier(L.LightningModule):
             fully_shard(self.net, mesh=mesh)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer, and a schedule that moves with every step."""
+        """Build the optimizer, and a schedule that advances with every step."""
         config = OptimConfig(**self.hparams["optim"])
         optimizer = build_optimizer(self.net, config)
         elapsed = self.progress if config.clock == "time" else None
@@ -182,6 +252,6 @@ class ViTClassifier(L.LightningModule):
 
 
 def timer_of(trainer: L.Trainer) -> Timer | None:
-    """The callback that keeps ``trainer.max_time``, where it is set."""
+    """Return the callback that enforces ``trainer.max_time``, or ``None`` if it is not set."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)

@@ -1,4 +1,4 @@
-"""What is measured, kept and printed during training."""
+"""Callbacks that record, report and stop the training."""
 
 import csv
 import json
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from vit_lightning.analysis.figures import draw_curves
@@ -19,22 +18,23 @@ from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
 from vit_lightning.terminal import relative
 
-METRICS = ("train/loss", "train/acc", "train/acc5", "val/loss", "val/acc", "val/acc5")
-COLUMNS = ("epoch", "step", "seconds", "lr", *METRICS, "train/images_per_second")
+SPEED = "train/images_per_second"
 
 
 class EpochRecorder(Callback):
-    """Prints a line and writes a row of ``metrics.csv`` each epoch; draws ``curves.png`` in the end.
+    """Prints a line and writes a row of ``metrics.csv`` after each epoch, and draws ``curves.png`` at the end.
+
+    Every ``train/…`` and ``val/…`` metric that the module logs is recorded, but for the numbers of images.
 
     Attributes:
         rows: the rows written so far; an epoch without validation has no ``val/…`` keys.
-        samples_seen: training images that went through the network, repeats included.
-        images: by split (``train``, ``val``, ``test``), the images that its latest metrics were counted over.
-        starts: where the run comes from, as ``record`` says it, and then each time that it was resumed.
+        samples_seen: training images that went through the network, including repeats.
+        images: number of images that the latest metrics of each split (``train``, ``val``, ``test``) are computed from.
+        starts: where the run was started from, and then each time that it was resumed, as in ``record``.
 
     Args:
         run_dir: directory of the files.
-        record: where this start of the run comes from.
+        record: where the run is started from this time.
     """
 
     def __init__(self, run_dir: Path, record: dict[str, Any]) -> None:
@@ -44,22 +44,30 @@ class EpochRecorder(Callback):
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
         self._validated = False
-        self._epoch_end: float | None = None  # before validation takes its time
-        self._before = 0.0, 0.0  # seconds of the run, and of its present epoch, before it was resumed
+        self._train_end: float | None = None  # the time at which the epoch's validation began
+        self._before = 0.0, 0.0  # seconds of the run and of its current epoch before it was resumed
 
     @property
     def images_per_second(self) -> float:
-        """Training speed in the steady state: the median over epochs, without the first where there are more."""
-        rates = [row["train/images_per_second"] for row in self.rows]
+        """Training speed in the steady state: the median over epochs, without the first if there are more."""
+        rates = [row[SPEED] for row in self.rows]
         return statistics.median(rates[1:] or rates)
 
     @property
     def best(self) -> dict[str, float]:
-        """The row of the best ``val/acc``."""
-        return max(self.rows, key=lambda row: row.get("val/acc", -1.0))
+        """The row with the best ``val/acc``, and of several the one with the lowest ``val/loss``."""
+        return max(self.rows, key=lambda row: (row.get("val/acc", -1.0), -row.get("val/loss", math.inf)))
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns of ``metrics.csv``, fixed by the first epoch, which may have had no validation."""
+        first = metrics_of(self.rows[0])
+        train = [name for name in first if name.startswith("train/")]
+        names = dict.fromkeys([*train, *(name.replace("train/", "val/", 1) for name in train), *first])
+        return ["epoch", "step", "seconds", "lr", *names, SPEED]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run goes on from."""
+        """Return what a resumed run continues from."""
         return {
             "rows": self.rows,
             "samples_seen": self.samples_seen,
@@ -70,121 +78,93 @@ class EpochRecorder(Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self.rows = state_dict["rows"]
         self.samples_seen = state_dict["samples_seen"]
         self.images = state_dict["images"]
         self.starts = state_dict["starts"] + self.starts
         self._before = state_dict["seconds"], state_dict["epoch_seconds"]
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The curves are written here instead of by Lightning, which does so after the checkpoint: a run that is killed
+        # in between would lose them.
+        pl_module.log_curves = False  # type: ignore[assignment]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         seconds, epoch_seconds = self._before
-        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # the latter of an epoch begun earlier
-        if not trainer.is_global_zero:
-            return
-        with (self.run_dir / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self.rows)
+        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # of an epoch that is continued
+        if trainer.is_global_zero:
+            (self.run_dir / "metrics.csv").unlink(missing_ok=True)  # may have a row that comes again
+            self._write(self.rows)
+
+    def _write(self, rows: list[dict[str, float]]) -> None:
+        """Append rows to ``metrics.csv``."""
+        path = self.run_dir / "metrics.csv"
+        if rows:
+            new = not path.exists()
+            with path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+                if new:
+                    writer.writeheader()
+                writer.writerows(rows)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.images["train"] = 0
         self._validated = False
         self._epoch_start = now()
-        self._epoch_end = None
+        self._train_end = None
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already the next one's
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.images["train"] += len(batch[1]) * trainer.world_size  # all have as many
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already that of the next one
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.images["val"] = 0
         self._validated = True
-        self._epoch_end = now()
-
-    def on_validation_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.images["val"] += len(batch[1])
-
-    def on_test_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self.images["test"] += len(batch[1])
+        self._train_end = now()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._validated:
-            self._add_up(trainer, "val")
+        stages = ("train/", "val/") if self._validated else ("train/",)  # else val/… are from an earlier epoch
+        values = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith(stages)}
+        for stage in stages:
+            self.images[stage[:-1]] = int(values.pop(f"{stage}images"))
         self.samples_seen += self.images["train"]
-        train_seconds = (self._epoch_end or now()) - self._epoch_start
         row = {
             "epoch": trainer.current_epoch + 1,
             "step": trainer.global_step,
             "seconds": now() - self._start,
             "lr": self._lr,
-            "train/images_per_second": self.images["train"] / train_seconds,
+            **dict(sorted(values.items(), key=lambda item: (item[0].startswith("val/"), "/loss" not in item[0]))),
+            SPEED: self.images["train"] / ((self._train_end or now()) - self._epoch_start),
         }
-        for name in METRICS:
-            if self._validated or not name.startswith("val/"):  # else a value of an earlier epoch
-                row[name] = trainer.callback_metrics[name].item()
         self.rows.append(row)
         if not trainer.is_global_zero:
             return
-        held = memory(trainer.strategy.root_device)
-        speed = {"speed/images_per_second": row["train/images_per_second"], "speed/memory_gb": held / 1e9}
-        # Written here and not by Lightning, which would do so after the checkpoint: a run killed in between lost them.
+        speed = {"speed/images_per_second": row[SPEED], "speed/memory_gb": memory(trainer.strategy.root_device) / 1e9}
         for logger in trainer.loggers:
-            logger.log_metrics(
-                {**{name: row[name] for name in METRICS if name in row}, **speed}, trainer.global_step - 1
-            )
-        with (self.run_dir / "metrics.csv").open("a", newline="") as file:
-            csv.DictWriter(file, COLUMNS, restval="").writerow(row)
+            logger.log_metrics({**metrics_of(row), **speed}, trainer.global_step - 1)
+        self._write([row])
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
         print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._add_up(trainer, "test")
-
-    def _add_up(self, trainer: L.Trainer, *splits: str) -> None:
-        """Make the numbers of images those of all processes."""
-        counts = torch.tensor([float(self.images[split]) for split in splits], device=trainer.strategy.root_device)
-        total = trainer.strategy.reduce(counts, reduce_op="sum")
-        self.images.update(zip(splits, (int(count) for count in total), strict=True))
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.images["test"] = int(trainer.callback_metrics["test/images"])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero:
             self.draw()
 
     def draw(self) -> None:
-        """Draw the epochs so far, in a run that is resumed after its last one too: for that one no training ends."""
+        """Draw the epochs so far; also called for a run resumed after its last epoch, which has no end of training."""
         if self.rows:
             draw_curves(self.rows).savefig(self.run_dir / "curves.png")
 
 
 class Report(Callback):
-    """Tells someone how training goes.
+    """Reports the progress of training.
 
     Args:
-        report: is called after every validation with the epoch, from 1, and ``val/acc``; what it raises ends the run.
+        report: called after every validation with the epoch, from 1, and ``val/acc``; an exception ends the run.
     """
 
     def __init__(self, report: Callable[[int, float], None]) -> None:
@@ -195,15 +175,15 @@ class Report(Callback):
 
 
 class WeightAverage(WeightAveraging):
-    """Lightning's, with the average on the device that trains: its own would copy all weights to the CPU each step."""
+    """Keeps the average on the training device; Lightning would copy all weights to the CPU in each step."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # where the network is not yet
+        self._device = trainer.strategy.root_device  # the network is moved there later
         super().setup(trainer, pl_module, stage)
 
 
 class StopAtTarget(Callback):
-    """Ends training once validation has reached an accuracy, also where the run is resumed after that.
+    """Ends training once validation has reached an accuracy, and does so at once if such a run is resumed.
 
     Args:
         acc: ``val/acc`` to reach, in [0, 1].
@@ -216,11 +196,11 @@ class StopAtTarget(Callback):
         self._latest = (0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run, which may have a higher target, goes on from."""
+        """Return what a resumed run, which may have a higher target, continues from."""
         return {"latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self._latest = state_dict["latest"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -234,14 +214,15 @@ class StopAtTarget(Callback):
 
 
 class StopAtNaN(Callback):
-    """Ends a run whose loss is no number any more, before the next checkpoint, and says where that was seen.
+    """Ends a run whose loss is NaN or infinite, before the next checkpoint, and reports where.
 
-    The loss is looked at after every step on a CPU; elsewhere, where every look waits for the device, every few steps,
-    so that it may have gone wrong some steps before. Of several processes those speak whose own loss is no number.
+    The loss is checked after every step on a CPU; on an accelerator, where each check waits for the device, it is
+    checked every few steps, so that the first bad step may be an earlier one. Of several processes, each with a bad
+    loss of its own reports it.
 
     Args:
-        run_dir: where ``nan.json`` tells the step and its images.
-        every: steps from one look to the next on an accelerator.
+        run_dir: directory of ``nan.json``, which describes the step and its images.
+        every: number of steps between checks on an accelerator.
     """
 
     def __init__(self, run_dir: Path, every: int) -> None:
@@ -251,7 +232,7 @@ class StopAtNaN(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already the next one's
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already that of the next one
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -260,10 +241,10 @@ class StopAtNaN(Callback):
         if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
             return
         finite = bool(loss.isfinite())
-        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # in step with other processes
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # together with the other processes
             return
         if finite:
-            raise InputError("train/loss is no number in another process, which says where")
+            raise InputError("train/loss is NaN or infinite on another rank; see its message")
         norm = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
         loader = trainer.train_dataloader
         assert loader is not None
@@ -275,19 +256,24 @@ class StopAtNaN(Callback):
             "batch": batch_idx + 1,
             "learning_rate": self._lr,
             "gradient_norm": str(norm),
-            "images": images,  # by their place among the source's training images
+            "images": images,  # indices into the source's training images
         }
         (self.run_dir / "nan.json").write_text(json.dumps(report, indent=2) + "\n")
         where = f"epoch {report['epoch']}, batch {batch_idx + 1}: training images {', '.join(map(str, images[:4]))}, …"
         raise InputError(
             f"train/loss is {report['loss']} at step {report['step']} ({where}), learning rate {self._lr:g}, "
-            f"gradient norm {norm:g}; {relative(self.run_dir / 'nan.json')} has it all; "
-            "a lower learning rate or trainer.gradient_clip_val=1 may help"
+            f"gradient norm {norm:g}; see {relative(self.run_dir / 'nan.json')}; "
+            "try a lower learning rate or trainer.gradient_clip_val=1"
         )
 
 
+def metrics_of(row: dict[str, float]) -> dict[str, float]:
+    """The training and validation metrics of a row of ``metrics.csv``, without the speed."""
+    return {name: value for name, value in row.items() if name.startswith(("train/", "val/")) and name != SPEED}
+
+
 def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
-    """One line for a log: where training stands, how good, how fast and how long it will take, ``limit`` at most."""
+    """Summarise an epoch in one line: metrics, speed, and the estimated time left, at most ``limit`` seconds."""
     left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
     parts = [f"epoch {row['epoch']}/{epochs}"]
     for stage in ("train", "val"):
@@ -296,6 +282,6 @@ def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
                 f"{stage} loss {row[f'{stage}/loss']:.3f} "
                 f"top-1 {row[f'{stage}/acc']:.1%} top-5 {row[f'{stage}/acc5']:.1%}"
             )
-    parts.append(f"{row['train/images_per_second']:,.0f} images/s")
+    parts.append(f"{row[SPEED]:,.0f} images/s")
     parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
     return "  ".join(parts)

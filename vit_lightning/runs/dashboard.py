@@ -50,7 +50,7 @@ class Dashboard(Callback):
         self.patches = patches
         self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
         self._step: dict[str, float] = {}  # what the curves with a point a step show of the present one
-        self._best: tuple[float, int, Tensor] | None = None  # val/acc, its epoch, and the probabilities that gave it
+        self._best: tuple[tuple[float, float], int, Tensor] | None = None  # val/acc and -val/loss, epoch, probabilities
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -72,8 +72,7 @@ class Dashboard(Callback):
     ) -> None:
         if trainer.global_step == 0 and self.config.dashboard.batch and trainer.is_global_zero:
             assert isinstance(pl_module, ViTClassifier)
-            images, labels = (part[:IMAGES] for part in batch)
-            images, labels = pl_module.sized(images).cpu(), labels.cpu()
+            images, labels = (part[:IMAGES].cpu() for part in pl_module.augmented(*batch))
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
             show(writer_of(trainer), "batch", draw_images(pictures, [self._title(label) for label in labels]), 0)
 
@@ -109,9 +108,9 @@ class Dashboard(Callback):
         self._probabilities.append(outputs.float().softmax(dim=1).cpu())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        acc = trainer.callback_metrics["val/acc"].item()
-        if trainer.world_size == 1 and (self._best is None or acc > self._best[0]):
-            self._best = acc, trainer.current_epoch + 1, torch.cat(self._probabilities)
+        quality = trainer.callback_metrics["val/acc"].item(), -trainer.callback_metrics["val/loss"].item()
+        if trainer.world_size == 1 and (self._best is None or quality > self._best[0]):
+            self._best = quality, trainer.current_epoch + 1, torch.cat(self._probabilities)
 
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
         """Write the final metrics of the run, and draw what its best checkpoint makes of the validation images.

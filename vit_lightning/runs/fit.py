@@ -38,7 +38,7 @@ from vit_lightning.recipe.augment import denormalise, eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import ema_update
 from vit_lightning.recipe.weights import load_classifier, start_from
-from vit_lightning.runs.callbacks import METRICS, EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
+from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage, metrics_of
 from vit_lightning.runs.checkpoints import Saver, newest_sound
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
 from vit_lightning.runs.processes import agree_on, placement
@@ -81,7 +81,7 @@ def train(
         check_accelerator(run.config.trainer)
         record = {**provenance(invocation), "overrides": invocation.overrides or []}
         L.seed_everything(run.config.seed, workers=True, verbose=False)
-        data = ImageData(run.config.data, run.config.augment, run.config.model.image_size, run.config.seed)
+        data = ImageData(run.config.data, run.config.model.image_size, run.config.seed)
         data.setup()
         run.config = follow_data(run.config, data)
         check_limits(run.config.trainer, data)
@@ -92,6 +92,8 @@ def train(
             mean=data.mean.tolist(),
             std=data.std.tolist(),
             data=asdict(run.config.data),
+            augment=asdict(run.config.augment),
+            seed=run.config.seed,
         )
         if run.checkpoint is not None:
             check_same_data(classifier, run.checkpoint)
@@ -187,7 +189,7 @@ def carry_out(
         "seconds_to_val_acc": seconds_to_marks(recorder.rows),
         "train/images_per_second": recorder.images_per_second,
         # Of one network, the best checkpoint's: training as counted during its epoch, with dropout and augmentation.
-        "metrics": {**{key: best_row[key] for key in METRICS if key in best_row}, **test},
+        "metrics": {**metrics_of(best_row), **test},
         "config": asdict(config),
     }
     whole = load_classifier(str(best)).to(trainer.strategy.root_device)  # with fsdp, tested is in parts
@@ -341,13 +343,16 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
 def show_results(summary: dict[str, Any], run_dir: Path, checkpoint: Path) -> None:
     """Print the final metrics, and where the run's files lie and how to open them."""
     rows = []
+    names = [name.removeprefix("val/") for name in summary["metrics"] if name.startswith("val/")]
+    more = [name for name in names if name not in ("loss", "acc", "acc5")]
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         if f"{split}/acc" not in summary["metrics"]:
             continue  # test=false
         loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
-        rows.append((name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}"))
+        others = (f"{summary['metrics'][f'{split}/{key}']:.3f}" for key in more)
+        rows.append((name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}", *others))
     title = f"best of {summary['epochs']} epochs: epoch {summary['best_epoch']}"
-    print_table(title, ("", "images", "loss", "top-1", "top-5"), rows)
+    print_table(title, ("", "images", "loss", "top-1", "top-5", *more), rows)
     print(
         f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
         f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
