@@ -180,8 +180,8 @@ def test_colour_goes_on_with_gray_and_gray_with_colour(tmp_path, patch_embed, be
     other = classifier(seed=1, patch_embed=patch_embed, channels=after)
     start_from(other, str(tmp_path / "trained.safetensors"))
     gray = torch.randn(5, 1, 8, 8)
-    logits = trained(gray.expand(-1, before, -1, -1))
-    torch.testing.assert_close(other(gray.expand(-1, after, -1, -1)), logits, rtol=1e-2, atol=1e-2)
+    logits = trained.net(gray.expand(-1, before, -1, -1))
+    torch.testing.assert_close(other.net(gray.expand(-1, after, -1, -1)), logits, rtol=1e-2, atol=1e-2)
 
 
 def test_as_many_channels_are_the_same_weights():
