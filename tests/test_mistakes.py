@@ -95,7 +95,7 @@ RUNS = [
     ("train", "data=digits augment.crop=8", "augment.crop=8 must be less than the images' 8 pixels"),
     ("train", "data=digits data.val_fraction=0.0001", "data.val_fraction=0.0001 cannot be held out class by class"),
     ("train", "data=digits trainer.limit_val_batches=0.1", "trainer.limit_val_batches=1 would be one"),
-    ("train", "data=digits checkpoint=nowhere", "checkpoint=nowhere: no file nowhere; name a run's directory"),
+    ("train", "data=digits checkpoint=nowhere", "checkpoint=nowhere does not exist; name a run's directory"),
     (
         "train",
         "data=digits checkpoint={run} model.layers=3",
@@ -120,7 +120,7 @@ RUNS = [
         "checkpoint={run} format=safetensors hydra.run.dir={folders}/taken",
         "model.safetensors cannot be written",
     ),
-    ("train", "resume=nowhere", "resume=nowhere holds no run; name a run's directory"),
+    ("train", "resume=nowhere", "resume=nowhere does not exist; name a run's directory"),
     (
         "train",
         "resume={run}",
@@ -132,7 +132,7 @@ RUNS = [
     ("train", "resume={folders}/unsaved trainer.max_epochs=9", "holds no checkpoints/last.ckpt; start the run anew"),
     ("train", "resume={folders}/evil trainer.max_epochs=9", "last.ckpt is damaged, or no checkpoint"),
     ("train", "resume={folders}/edited trainer.max_epochs=9", "config.yaml is not the configuration of a run"),
-    ("evaluate", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
+    ("evaluate", "checkpoint=nowhere", "checkpoint=nowhere does not exist"),
     ("evaluate", "checkpoint={folders}/damaged", "best.ckpt is damaged, or no checkpoint"),
     ("evaluate", "checkpoint={folders}/foreign.ckpt", "holds no classifier of this project"),
     ("evaluate", "checkpoint={folders}/foreign.safetensors", "holds no classifier of this project"),
@@ -142,12 +142,12 @@ RUNS = [
     ("predict", "checkpoint={run} images=nowhere.png", "no picture was read; images= takes files, directories"),
     ("predict", "checkpoint={run} images={folders}/empty", "no picture was read; images= takes files, directories"),
     ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read; images= takes files"),
-    ("export", "checkpoint=nowhere", "checkpoint=nowhere: no file nowhere"),
+    ("export", "checkpoint=nowhere", "checkpoint=nowhere does not exist"),
     ("search", "search.storage=nosuch://x", "search.storage=nosuch://x cannot be opened as the storage of a study"),
 ]
 FOLDERS = [
-    ("nowhere", "has no folder train/"),
-    ("photo.png", "has no folder train/"),
+    ("nowhere", "nowhere is not a directory"),
+    ("photo.png", "photo.png is not a directory"),
     ("no_test", "has no folder test/"),
     ("one_class", "holds 1 class folder; a classifier needs two or more"),
     ("empty_class", "train/b holds no PNG, JPEG or WebP file; fill it or remove it"),

@@ -61,6 +61,41 @@ SCHEMAS: dict[str, type] = {  # by command, which is also the name of its file i
 }
 MISTAKES = (InputError, OmegaConfBaseException, OSError)  # end in one line instead of a traceback
 COLUMN = 26  # of the explanations in --help
+BARE_PATH = {"predict": "images", "evaluate": "checkpoint", "export": "checkpoint", "train": "data.root"}
+ALIASES = {  # what users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here
+    **dict.fromkeys(("depth", "num_layers", "num_hidden_layers", "n_layers", "n_layer"), "model.layers"),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead"), "model.heads"),
+    **dict.fromkeys(("hidden_size", "hidden_dim", "dim", "width", "d_model", "n_embd"), "model.embed_dim"),
+    **dict.fromkeys(("mlp_ratio", "intermediate_size", "dim_feedforward"), "model.mlp_dim"),
+    **dict.fromkeys(("img_size", "input_size", "resolution"), "model.image_size"),
+    **dict.fromkeys(("drop_rate", "dropout_rate", "hidden_dropout_prob"), "model.dropout"),
+    **dict.fromkeys(("drop_path_rate", "stochastic_depth"), "model.drop_path"),
+    **dict.fromkeys(("global_pool", "pooling"), "model.pool"),
+    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
+    **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
+    **dict.fromkeys(("opt", "optimizer"), "optim.name"),
+    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_scheduler_type", "sched"), "optim.schedule"),
+    **dict.fromkeys(("warmup_epochs", "warmup_steps", "warmup_ratio"), "optim.warmup"),
+    **dict.fromkeys(("smoothing", "label_smoothing_factor"), "optim.label_smoothing"),
+    **dict.fromkeys(("model_ema", "model_ema_decay", "ema_decay"), "optim.ema"),
+    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "n_epochs"), "trainer.max_epochs"),
+    **dict.fromkeys(("gpus", "num_gpus", "n_gpus"), "trainer.devices"),
+    **dict.fromkeys(("amp", "fp16", "bf16", "use_amp"), "trainer.precision"),
+    **dict.fromkeys(("clip_grad", "max_grad_norm", "gradient_clip", "grad_clip"), "trainer.gradient_clip_val"),
+    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
+    **dict.fromkeys(("val_batch_size", "test_batch_size", "per_device_eval_batch_size"), "data.eval_batch_size"),
+    **dict.fromkeys(("num_workers", "dataloader_num_workers", "n_workers"), "data.workers"),
+    **dict.fromkeys(("data_dir", "data_path", "dataset_path", "train_dir"), "data.root"),
+    **dict.fromkeys(("dataset", "dataset_name"), "data.source"),
+    **dict.fromkeys(("ckpt_path", "resume_from_checkpoint", "resume_from", "resume_path"), "resume"),
+    **dict.fromkeys(("init_from", "initial_checkpoint", "weights", "pretrained", "model_path"), "checkpoint"),
+    **dict.fromkeys(("random_seed", "random_state", "manual_seed"), "seed"),
+}
+OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is a mistake
+    *("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc"),
+    *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i", "--version"),
+    *("--hydra-help", "--experimental-rerun"),
+}
 
 
 def run_command(name: str, task: str, text: str | None) -> None:
@@ -79,6 +114,10 @@ def run_command(name: str, task: str, text: str | None) -> None:
     if {"--help", "-h"} & set(typed):
         print(help_text(name, text or ""))
         return
+    for option in (item.partition("=")[0] for item in typed if re.match("--?[a-z]", item)):
+        if option not in OPTIONS:
+            hint = _hint(option.lstrip("-").replace("-", "_"), schema)
+            sys.exit(f"error: {option} is not an option; settings are written key=value{hint or ', as in seed=1'}")
     register_schemas()
     started = False
 
@@ -127,6 +166,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
     (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
     config = to_config(cfg, schema)
+    check_paths(config)
     overrides = list(settings.overrides.task)
     program = ["python", "-m", f"vit_lightning.{name}"]
     if settings.mode is RunMode.MULTIRUN:
@@ -228,6 +268,24 @@ def to_config(cfg: DictConfig, schema: type) -> Any:
             if name not in known:
                 raise InputError(_unknown_key(f"{section}.{name}" if section else name, schema))
     return OmegaConf.to_object(cfg)
+
+
+def check_paths(config: Any) -> None:
+    """Report a path that does not exist before torch is imported.
+
+    Raises:
+        InputError: if there is one.
+    """
+    resume = getattr(config, "resume", None)
+    for name, path in (("checkpoint", config.checkpoint), ("resume", resume)):
+        if path not in (None, "pretrained") and not Path(path).expanduser().exists():
+            more = ", a .ckpt or .safetensors file, or pretrained" if name == "checkpoint" else ""
+            raise InputError(f"{name}={path} does not exist; name a run's directory{more}")
+    data = getattr(config, "data", None)
+    if data is None or data.source != "image_folder" or resume is not None:
+        return
+    if not Path(data.root).expanduser().is_dir():
+        raise InputError(f"data.root={data.root} is not a directory; it needs train/<class>/* and test/<class>/*")
 
 
 # --- help ------------------------------------------------------------------------------------------------------------
@@ -333,6 +391,9 @@ def _hydra_message(error: Exception, schema: type) -> str:
     if isinstance(cause, OverrideParseException):
         name, equals, value = cause.override.partition("=")
         hint = f"quote the value: {name}='\"{value}\"'" if equals else f"write {name}=value"
+        command = next(command for command, known in SCHEMAS.items() if known is schema)
+        if not equals and command in BARE_PATH and (Path(name).exists() or "/" in name):
+            hint = f"a path is written {BARE_PATH[command]}={name}"
         return f"{cause.override} cannot be parsed as a setting; {hint}"
     noise = re.compile(r"https://|full_key|onfig search path:|provider=")
     return "; ".join(line for line in text if not noise.search(line))
@@ -340,19 +401,29 @@ def _hydra_message(error: Exception, schema: type) -> str:
 
 def _unknown_key(name: str, schema: type) -> str:
     known = {group: [field.name for field in fields(section)] for group, section in sections(schema).items()}
-    group, dot, rest = name.partition(".")
+    group, dot, _ = name.partition(".")
     if group == "hydra":
         return f"{name} is not a key; --cfg hydra lists Hydra's own"
     if group == "space" and dot and schema is SearchRun:
         return f"{name} is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe"
-    if group in known and dot:  # compared without the group, which would make any two keys of it similar
-        near = [f"{group}.{match}" for match in difflib.get_close_matches(rest, known[group], n=1)]
-        more = f" ({group}. has {', '.join(known[group])})"
-    else:
-        keys = [f"{group}.{rest}" for group, names in known.items() for rest in names]
-        keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
-        near = [key for key in keys if key.endswith(f".{name}")][:1]
-        near = near or difflib.get_close_matches(name, keys, n=1, cutoff=0.5)
-        more = "" if near else "; --help lists the keys"
-    hint = f"; did you mean {near[0]}?" if near else ""
-    return f"{name} is not a key{hint}{more}"
+    if not dot and (CONF / name).is_dir():
+        return f"{name} is a group; write {name}=option without +"
+    hint = _hint(name, schema)
+    more = f" ({group}. has {', '.join(known[group])})" if group in known and dot else ""
+    return f"{name} is not a key{hint}{more}" if hint or more else f"{name} is not a key; --help lists the keys"
+
+
+def _hint(name: str, schema: type) -> str:
+    """The key that was probably meant, if there is one."""
+    keys = [f"{group}.{field.name}" for group, part in sections(schema).items() for field in fields(part)]
+    keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
+    group, _, rest = name.rpartition(".")
+    if ALIASES.get(rest) in keys:
+        return f"; did you mean {ALIASES[rest]}?"
+    near = [key for key in keys if key.endswith(f".{name}")][:1]
+    if not near and group in sections(schema):  # compared without the group, which makes any two of its keys similar
+        names = [key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")]
+        near = [f"{group}.{match}" for match in difflib.get_close_matches(rest, names, n=1, cutoff=0.75)]
+    elif not near:
+        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
+    return f"; did you mean {near[0]}?" if near else ""

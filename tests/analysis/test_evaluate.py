@@ -87,7 +87,7 @@ def test_a_folder_with_the_same_classes_will_do_whatever_their_number_and_size(t
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["checkpoint=nowhere"], "checkpoint=nowhere: no file nowhere; name a run's directory, a .ckpt or pretrained"),
+        (["checkpoint=nowhere"], "checkpoint=nowhere does not exist; name a run's directory"),
         (["checkpoint=''"], "checkpoint= is empty; set it to pretrained, a run's directory or a file"),
         (["checkpoint=run", "split=all"], "split=all is not known; choose one of train, val, test"),
         (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean split?"),
