@@ -448,8 +448,11 @@ def _check_domain(name: str, domain: Any) -> None:
         choices = domain["choices"]
         if not isinstance(choices, list) or not choices:
             raise InputError(f"space: the choices of {name} must be a list of one or more, not {choices}")
-        if any(isinstance(choice, list | dict) for choice in choices):
-            raise InputError(f"space: the choices of {name} must be plain values, not {choices}")
+        for choice in choices:
+            if not isinstance(choice, str | int | float | None):
+                raise InputError(
+                    f"space: {name} has the choice {choice}; choices are numbers, strings, booleans or null"
+                )
         return
     for extra in domain.keys() - {"low", "high", "step", "log"}:
         raise InputError(f"space: {name} has {extra}, which is not known; use {kinds}")

@@ -6,7 +6,7 @@
 Each trial is a run in outputs/search/<study>/, judged by its best val/acc; test
 images are not used. Any number of processes may run the same command: they
 share the study, and one that is started again continues it. At the end: the
-best trials, search.png, and the command of the best one.
+best trials, history.png, importances.png and the command of the best one.
 pip install -e ".[search]" installs what it needs.
 """
 

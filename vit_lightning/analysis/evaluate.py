@@ -1,11 +1,11 @@
-"""Count what a trained network gets right, class by class: ``python -m vit_lightning.evaluate checkpoint=…``."""
+"""Evaluate a trained network on one split: measures, tables and figures."""
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from vit_lightning.analysis.predictions import draw, measure, predict_split, write_per_class, write_predictions
+from vit_lightning.analysis.predictions import FIGURES, predict_split
 from vit_lightning.config import DataConfig, EvaluateConfig, InputError, Invocation, from_python
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import evaluation_device
@@ -16,46 +16,51 @@ from vit_lightning.terminal import print_files, print_table
 
 
 def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Evaluate a checkpoint on one split, print the tables and write reports and figures into ``run_dir``.
+    """Evaluate a checkpoint on one split, print the tables and write report, tables and figures to ``run_dir``.
 
     Returns:
         Top-1 accuracy, in [0, 1].
 
     Raises:
-        InputError: if there is no such checkpoint, or the images' classes are not its own.
+        InputError: if the checkpoint cannot be read, or the images have other classes or channels.
     """
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
     chosen = chosen_data(config, classifier, invocation.keys if invocation else set())
-    # No batch of training images is drawn, so that their number does not matter.
+    # No batch of training images is drawn, so their number does not matter.
     data = ImageData(replace(chosen, batch_size=1), classifier.net.image_size)
     data.setup()
-    probabilities, labels = predict_split(classifier, data, config.split, config.tta)
-    names: list[str] = classifier.hparams["class_names"]
+    predictions = predict_split(classifier, data, config.split, config.tta)
     report = {
         **provenance(invocation or from_python()),
         "checkpoint": config.checkpoint,
         "data": asdict(chosen),
         "split": config.split,
         "tta": config.tta,
-        **measure(probabilities, labels, names),
+        **predictions.measure(),
     }
     (run_dir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
-    write_per_class(run_dir / "per_class.csv", probabilities, labels, names)
-    write_predictions(run_dir / "predictions.csv", probabilities, labels, names)
-    figures = draw(probabilities, labels, data, config.split, names)
-    for name, figure in figures.items():
-        figure.savefig(run_dir / f"{name}.png")
+    predictions.write_per_class(run_dir / "per_class.csv")
+    predictions.write_predictions(run_dir / "predictions.csv")
     show(report)
-    written = ("evaluation.json", "per_class.csv", "predictions.csv", *(f"{name}.png" for name in figures))
-    print_files(run_dir / name for name in written)
+    print_files(run_dir / name for name in ("evaluation.json", "per_class.csv", "predictions.csv"))
+    for name in FIGURES:
+        figure = predictions.draw(name)
+        if figure is not None:
+            figure.savefig(run_dir / f"{name}.png")
+            print_files([run_dir / f"{name}.png"])
     return report["acc"]
 
 
 def chosen_data(config: EvaluateConfig, classifier: ViTClassifier, typed: set[str]) -> DataConfig:
-    """The images to evaluate on: those that the classifier was trained on, or others, split as those unless typed.
+    """The images to evaluate on: the classifier's own, or those of ``config.data``, split like its own.
+
+    Args:
+        config: of the command.
+        classifier: whose hyper-parameters may name the data that it was trained on.
+        typed: keys that were set on the command line, which take precedence over the classifier's split.
 
     Raises:
-        InputError: if none are chosen, and the classifier does not know its own.
+        InputError: if ``config.data`` is ``None`` and the classifier does not name its own data.
     """
     own: dict[str, Any] | None = classifier.hparams["data"]
     if config.data is None:
@@ -64,21 +69,25 @@ def chosen_data(config: EvaluateConfig, classifier: ViTClassifier, typed: set[st
                 f"checkpoint={config.checkpoint} does not say what it was trained on; set data, as in data=cifar100"
             )
         return DataConfig(**own)
-    if own is None or not typed:  # in Python, config.data is as its maker wants it
+    if own is None or not typed:  # a caller from Python has set config.data as a whole
         return config.data
     split = {key: own[key] for key in ("split", "val_fraction", "split_seed") if f"data.{key}" not in typed}
     return replace(config.data, **split)
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the tables."""
+    """Print the measures, the worst classes and the most confused pairs."""
     title = f"{report['checkpoint']} on {report['images']:,} {report['split']} images of {report['data']['source']}"
     names = {
         "acc": "top-1",
         "acc5": "top-5",
+        "balanced_acc": "balanced accuracy",
+        "macro_f1": "macro F1",
         "superclass_acc": "superclass",
         "calibration_error": "calibration error",
     }
+    if report["classes"] <= 10:
+        del names["acc5"]  # nearly every label is among half of the classes
     rows = [(name, f"{report[key]:.1%}") for key, name in names.items() if key in report]
     print_table(title, ("", "value"), [("loss", f"{report['loss']:.3f}"), *rows])
     worst = [(row["class"], f"{row['acc']:.1%}") for row in report["worst_classes"]]

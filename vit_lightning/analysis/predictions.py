@@ -1,43 +1,209 @@
-"""What a classifier's predictions are worth: counted, drawn, and written down."""
+"""The predictions of a classifier on one split: measured, drawn and written to files."""
 
 import csv
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error, multiclass_confusion_matrix
 
-from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability
+from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability, shorten
 from vit_lightning.config import InputError
 from vit_lightning.data.module import ImageData
 from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import with_bar
 
-WORST = 10  # classes and pairs that are listed
-MISTAKES = 24  # that are drawn
-BINS = 15  # of confidence
+WORST = 10  # classes and pairs of classes that the report lists
+MISTAKES = 24  # images in the figure of mistakes
+BINS = 15  # intervals of confidence
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # as titles call them
+FIGURES = ("confusion", "confusion_superclasses", "per_class", "reliability", "mistakes")
 
 
-def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False) -> tuple[Tensor, Tensor]:
-    """The probabilities of all images of a split, in their order.
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """The probabilities of all images of a split, and what follows from them; each part is computed once.
+
+    Attributes:
+        probabilities: (n, classes), float32, on the CPU.
+        labels: (n,), int64.
+        class_names: in the order of ``probabilities``.
+        split: ``train``, ``val`` or ``test``, for titles.
+        data: the images themselves, in the same order; ``None`` leaves out the figure that shows some.
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+    class_names: list[str]
+    split: str = "test"
+    data: ImageData | None = None
+
+    @cached_property
+    def top5(self) -> tuple[Tensor, Tensor]:
+        """The five highest probabilities, or fewer of fewer classes, and their classes: (n, 5) each."""
+        values, classes = self.probabilities.topk(min(5, len(self.class_names)), dim=1)
+        return values, classes
+
+    @property
+    def confidence(self) -> Tensor:
+        """The probability of the predicted class: (n,)."""
+        return self.top5[0][:, 0]
+
+    @property
+    def guess(self) -> Tensor:
+        """The predicted class: (n,)."""
+        return self.top5[1][:, 0]
+
+    @cached_property
+    def in_top5(self) -> Tensor:
+        """Whether the label is one of the top five: (n,), bool."""
+        return (self.top5[1] == self.labels[:, None]).any(dim=1)
+
+    @cached_property
+    def confusion(self) -> Tensor:
+        """Images of each class (rows) that were taken for each class (columns): (classes, classes), int64."""
+        classes = len(self.class_names)
+        pairs = self.labels * classes + self.guess
+        return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+
+    @cached_property
+    def scores(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Precision, recall, F1 and number of images of each class, (classes,) each; NaN where undefined."""
+        classes = range(len(self.class_names))
+        guess = self.guess.numpy()
+        return precision_recall_fscore_support(self.labels.numpy(), guess, labels=classes, zero_division=np.nan)
+
+    @cached_property
+    def calibration(self) -> tuple[np.ndarray, np.ndarray, float]:
+        """Number of images and accuracy, (15,) each, by confidence in bins of equal width, and the calibration error.
+
+        The error is the expected one (Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3), in [0, 1].
+        """
+        confidence, correct = self.confidence.double().numpy(), (self.guess == self.labels).numpy()
+        bins = np.clip((confidence * BINS).astype(int), 0, BINS - 1)
+        counts, right, sure = (np.bincount(bins, weights, BINS) for weights in (None, correct, confidence))
+        return counts, right / np.maximum(counts, 1), float(np.abs(right - sure).sum() / len(correct))
+
+    def measure(self) -> dict[str, Any]:
+        """The measures as a report that can be written as JSON.
+
+        Returns:
+            ``images``, ``classes``, ``loss`` (cross-entropy, in nats), ``acc`` and ``acc5``, ``balanced_acc`` (the mean
+            recall of the classes that have images), ``macro_f1`` (the mean F1 of the classes that are labels or
+            predictions), ``calibration_error`` (expected, of 15 bins), ``superclass_acc`` for CIFAR-100's classes,
+            ``worst_classes``, ``most_confused``. Shares are in [0, 1].
+        """
+        names, guess, labels = self.class_names, self.guess, self.labels
+        _, recall, f1, counts = self.scores
+        own = self.probabilities.gather(1, labels[:, None])
+        report: dict[str, Any] = {
+            "images": len(labels),
+            "classes": len(names),
+            "loss": -own.clamp_min(torch.finfo(own.dtype).tiny).log().mean().item(),
+            "acc": (guess == labels).double().mean().item(),
+            "acc5": self.in_top5.double().mean().item(),
+            "balanced_acc": float(np.nanmean(recall)),
+            "macro_f1": float(np.nanmean(f1)),
+            "calibration_error": self.calibration[2],
+        }
+        superclasses = superclass_indices(names)
+        if superclasses is not None:
+            of = torch.tensor(superclasses)
+            report["superclass_acc"] = (of[guess] == of[labels]).double().mean().item()
+        worst = [i for i in recall.argsort(kind="stable").tolist() if counts[i]][:WORST]
+        report["worst_classes"] = [{"class": names[i], "acc": float(recall[i])} for i in worst]
+        mistaken = self.confusion - self.confusion.diag().diag()
+        values, places = mistaken.flatten().topk(min(WORST, len(names) ** 2))
+        report["most_confused"] = [
+            {"label": names[place // len(names)], "prediction": names[place % len(names)], "images": value}
+            for value, place in zip(values.tolist(), places.tolist(), strict=True)
+            if value
+        ]
+        return report
+
+    def draw(self, name: str) -> Figure | None:
+        """One of ``FIGURES``; ``None`` if it would show nothing.
+
+        ``confusion`` has CIFAR-100's classes by superclass, ``confusion_superclasses`` needs them; ``mistakes``, the
+        most confident ones, needs the images and a mistake.
+        """
+        images = (
+            f"{len(self.labels):,} { {'train': 'training', 'val': 'validation', 'test': 'test'}[self.split] } images"
+        )
+        names, superclasses = self.class_names, superclass_indices(self.class_names)
+        if name == "confusion":
+            order = sorted(range(len(names)), key=superclasses.__getitem__ if superclasses else None)
+            matrix = self.confusion[order][:, order]
+            return draw_confusion(matrix.numpy(), [names[i] for i in order], f"Confusion, {images}")
+        if name == "confusion_superclasses" and superclasses:
+            into = F.one_hot(torch.tensor(superclasses))  # (classes, superclasses)
+            matrix = into.T @ self.confusion @ into
+            return draw_confusion(matrix.numpy(), list(SUPERCLASSES), f"Confusion of superclasses, {images}")
+        if name == "per_class":
+            _, recall, _, counts = self.scores
+            seen = counts.nonzero()[0]
+            return draw_per_class([names[i] for i in seen], recall[seen], f"Accuracy by class, {images}")
+        if name == "reliability":
+            counts, accuracies, error = self.calibration
+            title = f"Reliability, {images}\nexpected calibration error {error:.1%}"
+            return draw_reliability(counts, accuracies, title)
+        if name == "mistakes" and self.data is not None and (self.guess != self.labels).any():
+            return self._draw_mistakes(self.data, f"Most confident mistakes, {images}: label → prediction")
+        return None
+
+    def _draw_mistakes(self, data: ImageData, title: str) -> Figure:
+        wrong = (self.guess != self.labels).nonzero().squeeze(1)
+        wrong = wrong[self.confidence[wrong].argsort(descending=True)][:MISTAKES]
+        names = [shorten(name, 14) for name in self.class_names]
+        titles = [f"{names[self.labels[i]]}\n→ {names[self.guess[i]]} {self.confidence[i]:.0%}" for i in wrong.tolist()]
+        return draw_images(data.stored(self.split, wrong)[0].permute(0, 2, 3, 1).numpy() / 255, titles, title=title)
+
+    def write_per_class(self, path: Path) -> None:
+        """Write a row for each class that has images: its measures, and the class it is most often mistaken for."""
+        precision, recall, _, counts = self.scores
+        mistaken = self.confusion - self.confusion.diag().diag()
+        times, others = (values.tolist() for values in mistaken.max(dim=1))
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["class", "images", "acc", "acc5", "precision", "mostly_taken_for", "times"])
+            for index in counts.nonzero()[0].tolist():
+                name, acc5 = self.class_names[index], self.in_top5[self.labels == index].double().mean().item()
+                share = "" if np.isnan(precision[index]) else precision[index]
+                other = self.class_names[others[index]] if times[index] else ""
+                writer.writerow([name, counts[index], recall[index], acc5, share, other, times[index]])
+
+    def write_predictions(self, path: Path) -> None:
+        """Write a row for each image, in the split's order: its label and the five most probable classes."""
+        values, classes = self.top5
+        numbers = range(1, values.shape[1] + 1)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["image", "label", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))])
+            for image, label in enumerate(self.labels.tolist()):
+                guesses = [self.class_names[index] for index in classes[image].tolist()]
+                shares = [f"{share:.6f}" for share in values[image].tolist()]
+                writer.writerow([image, self.class_names[label], *chain(*zip(guesses, shares, strict=True))])
+
+
+def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False) -> Predictions:
+    """The predictions for all images of a split, in their order, with the classifier's order of classes.
 
     Args:
         classifier: on the device to compute on.
         data: set up.
         split: ``train``, ``val`` or ``test``.
-        tta: whether those of an image and its mirror image are averaged.
-
-    Returns:
-        Probabilities (n, classes), float32, and labels (n,), int64, both in the classifier's order of classes and on
-        the CPU.
+        tta: whether the probabilities of an image and its mirror image are averaged.
 
     Raises:
-        InputError: if the data has a class that the classifier lacks, or other channels.
+        InputError: if the data has a class that the classifier lacks, or a different number of channels.
     """
     names: list[str] = classifier.hparams["class_names"]
     for name in data.class_names:
@@ -57,127 +223,4 @@ def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: b
     for images, numbers in with_bar(loader, f"Predicting {split} images", len(loader)):
         probabilities.append(classifier.classify(images, tta).cpu())
         labels.append(index[numbers.cpu()])
-    return torch.cat(probabilities), torch.cat(labels)
-
-
-def confusion_matrix(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Images of each class (rows) that were taken for each class (columns): (classes, classes), float."""
-    return multiclass_confusion_matrix(probabilities, labels, probabilities.shape[1]).float()
-
-
-def measure(probabilities: Tensor, labels: Tensor, names: list[str]) -> dict[str, Any]:
-    """What the predictions are worth.
-
-    Args:
-        probabilities: (n, classes).
-        labels: (n,).
-        names: of the classes.
-
-    Returns:
-        ``images``, ``loss`` (cross-entropy, in nats), ``acc`` and ``acc5`` (in [0, 1]), ``calibration_error``
-        (expected, of 15 bins), ``superclass_acc`` where the classes are CIFAR-100's, ``worst_classes``,
-        ``most_confused``.
-    """
-    classes = len(names)
-    guess = probabilities.argmax(dim=1)
-    top5 = probabilities.topk(min(5, classes), dim=1).indices
-    own = probabilities.gather(1, labels[:, None]).clamp_min(torch.finfo(probabilities.dtype).tiny)
-    report: dict[str, Any] = {
-        "images": len(labels),
-        "loss": -own.log().mean().item(),
-        "acc": (guess == labels).float().mean().item(),
-        "acc5": (top5 == labels[:, None]).any(dim=1).float().mean().item(),
-        "calibration_error": multiclass_calibration_error(probabilities, labels, classes, n_bins=BINS).item(),
-    }
-    superclasses = superclass_indices(names)
-    if superclasses is not None:
-        of = torch.tensor(superclasses)
-        report["superclass_acc"] = (of[guess] == of[labels]).float().mean().item()
-    confusion = confusion_matrix(probabilities, labels)
-    counts = confusion.sum(dim=1)
-    recall = confusion.diag() / counts
-    worst = [i for i in recall.argsort().tolist() if counts[i]][:WORST]
-    report["worst_classes"] = [{"class": names[i], "acc": recall[i].item()} for i in worst]
-    mistaken = confusion - confusion.diag().diag()
-    values, places = mistaken.flatten().topk(min(WORST, classes**2))
-    report["most_confused"] = [
-        {"label": names[place // classes], "prediction": names[place % classes], "images": int(value)}
-        for value, place in zip(values.tolist(), places.tolist(), strict=True)
-        if value
-    ]
-    return report
-
-
-def draw(probabilities: Tensor, labels: Tensor, data: ImageData, split: str, names: list[str]) -> dict[str, Figure]:
-    """Pictures of the predictions, by name.
-
-    Args:
-        probabilities: (n, classes).
-        labels: (n,).
-        data: whose images they are, in their order.
-        split: of the data.
-        names: of the classes.
-
-    Returns:
-        ``confusion`` (CIFAR-100's classes by superclass), ``per_class``, ``reliability``; ``confusion_superclasses``
-        where the classes are CIFAR-100's; ``mistakes``, the most confident ones, where there are any.
-    """
-    confidence, guess = probabilities.max(dim=1)
-    confusion = confusion_matrix(probabilities, labels)
-    counts = confusion.sum(dim=1)
-    there = counts.nonzero().squeeze(1)
-    recall = (confusion.diag() / counts)[there]
-    error = multiclass_calibration_error(probabilities, labels, len(names), n_bins=BINS).item()
-    superclasses = superclass_indices(names)
-    order = list(range(len(names)))  # of the confusion matrix
-    if superclasses is not None:
-        order.sort(key=superclasses.__getitem__)
-    figures = {
-        "confusion": draw_confusion(confusion[order][:, order].numpy(), [names[index] for index in order]),
-        "per_class": draw_per_class([names[index] for index in there.tolist()], recall.numpy()),
-        "reliability": draw_reliability(confidence.numpy(), (guess == labels).numpy(), error, BINS),
-    }
-    if superclasses is not None:
-        into = F.one_hot(torch.tensor(superclasses)).to(confusion.dtype)  # (classes, superclasses)
-        figures["confusion_superclasses"] = draw_confusion((into.T @ confusion @ into).numpy(), list(SUPERCLASSES))
-    wrong = (guess != labels).nonzero().squeeze(1)
-    wrong = wrong[confidence[wrong].argsort(descending=True)][:MISTAKES]
-    if len(wrong):
-        titles = [f"{names[labels[i]]}\n→ {names[guess[i]]} {confidence[i]:.0%}" for i in wrong.tolist()]
-        pictures = data.stored(split, wrong)[0].permute(0, 2, 3, 1).numpy() / 255
-        figures["mistakes"] = draw_images(pictures, titles, title="most confident mistakes: label → prediction")
-    return figures
-
-
-def write_per_class(path: Path, probabilities: Tensor, labels: Tensor, names: list[str]) -> None:
-    """A row for each class that has images: how many, how often right, and what it is mostly taken for otherwise."""
-    confusion = confusion_matrix(probabilities, labels)
-    top5 = (probabilities.topk(min(5, len(names)), dim=1).indices == labels[:, None]).any(dim=1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["class", "images", "acc", "acc5", "precision", "mostly_taken_for", "times"])
-        for index, name in enumerate(names):
-            row = confusion[index].clone()
-            count, right, guessed = int(row.sum()), row[index].item(), confusion[:, index].sum().item()
-            if count == 0:
-                continue
-            row[index] = 0
-            other = int(row.argmax())
-            taken = [names[other], int(row[other])] if row[other] else ["", 0]
-            precision = right / guessed if guessed else ""
-            writer.writerow(
-                [name, count, right / count, top5[labels == index].float().mean().item(), precision, *taken]
-            )
-
-
-def write_predictions(path: Path, probabilities: Tensor, labels: Tensor, names: list[str]) -> None:
-    """A row for each image, in the split's order: its label and the five likeliest classes with their probabilities."""
-    values, classes = probabilities.topk(min(5, len(names)), dim=1)
-    numbers = range(1, values.shape[1] + 1)
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "label", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))])
-        for image, label in enumerate(labels.tolist()):
-            guesses = [names[index] for index in classes[image].tolist()]
-            shares = [f"{share:.6f}" for share in values[image].tolist()]
-            writer.writerow([image, names[label], *chain(*zip(guesses, shares, strict=True))])
+    return Predictions(torch.cat(probabilities), torch.cat(labels), names, split, data)

@@ -1,5 +1,8 @@
 """What TensorBoard shows beside the curves: what was asked for, what the network sees, and what it makes of it."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -14,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity
-from vit_lightning.analysis.predictions import draw, predict_split
+from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
 from vit_lightning.config import Config, flatten
 from vit_lightning.data.module import ImageData
 from vit_lightning.recipe.augment import denormalise
@@ -65,7 +68,8 @@ class Dashboard(Callback):
             for title, text in self.text.items():
                 writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))  # as it is: a code block
         if self.config.dashboard.patches:
-            show(writer, "patches", self.patches, trainer.global_step)
+            with warn_instead("patches"):
+                show(writer, "patches", self.patches, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -74,7 +78,9 @@ class Dashboard(Callback):
             assert isinstance(pl_module, ViTClassifier)
             images, labels = (part[:IMAGES].cpu() for part in pl_module.augmented(*batch))
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
-            show(writer_of(trainer), "batch", draw_images(pictures, [self._title(label) for label in labels]), 0)
+            with warn_instead("batch"):
+                titles = [self._title(label) for label in labels]
+                show(writer_of(trainer), "batch", draw_images(pictures, titles, title="Training images, augmented"), 0)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -113,41 +119,51 @@ class Dashboard(Callback):
             self._best = quality, trainer.current_epoch + 1, torch.cat(self._probabilities)
 
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
-        """Write the final metrics of the run, and draw what its best checkpoint makes of the validation images.
+        """Write the final metrics of the run, and draw what its best checkpoint predicts for the validation images.
+
+        A figure that cannot be drawn is reported on stderr and left out: the run has its result.
 
         Args:
             classifier: with that checkpoint's weights.
-            trainer: whose logger shows it.
+            trainer: its logger receives metrics and figures.
             record: the run's ``summary.json``.
         """
         switches, writer, step = self.config.dashboard, writer_of(trainer), trainer.global_step
         metrics = record["metrics"]
-        # By the alphabet, as the HParams tab sorts them, these come before all other tags, the best val/acc first.
+        # The HParams tab sorts by name, so these come before all other tags, the best val/acc first.
         final = {"acc": metrics["val/acc"], "acc5": metrics["val/acc5"], "test_acc": metrics.get("test/acc")}
         for key, value in {**final, "parameters": record["parameters"], "seconds": record["seconds"]}.items():
-            if value is not None:  # test=false
+            if value is not None:  # test=false leaves out the test accuracy
                 writer.add_scalar(f"best/{key}", value, step)
         _, _, end = summary.hparams({}, {})
         writer._get_file_writer().add_summary(end)
         if switches.positions and classifier.net.pos_embed is not None:
-            similarity = position_similarity(classifier.net).cpu().numpy()
-            show(writer, "positions", draw_position_similarity(similarity), step)
+            with warn_instead("positions"):
+                similarity = position_similarity(classifier.net).cpu().numpy()
+                show(writer, "positions", draw_position_similarity(similarity), step)
         if switches.attention:
-            show(writer, "attention", draw_attention_of(classifier, self.data), step)
-        if not (switches.mistakes or switches.confusion or switches.per_class or switches.reliability):
-            return
-        if self._best is not None and self._best[1] == record["best_epoch"]:
-            probabilities = self._best[2]
-            _, labels = self.data.stored("val", torch.arange(len(probabilities)))
-        else:  # the run was resumed after its best epoch, or has several processes
-            probabilities, labels = predict_split(classifier, self.data, "val")
-        figures = draw(probabilities, labels, self.data, "val", self.data.class_names)
-        for name, figure in figures.items():
-            if getattr(switches, name.removesuffix("_superclasses")):
-                show(writer, name, figure, step)
+            with warn_instead("attention"):
+                show(writer, "attention", draw_attention_of(classifier, self.data), step)
+        names = [name for name in FIGURES if getattr(switches, name.removesuffix("_superclasses"))]
+        if names:
+            with warn_instead(", ".join(names)):
+                predictions = self._best_predictions(classifier, record["best_epoch"])
+                for name in names:
+                    with warn_instead(name):
+                        figure = predictions.draw(name)
+                        if figure is not None:
+                            show(writer, name, figure, step)
+
+    def _best_predictions(self, classifier: ViTClassifier, best_epoch: int) -> Predictions:
+        """The best checkpoint's predictions for the validation images, from its validation where they were kept."""
+        if self._best is None or self._best[1] != best_epoch:  # resumed after the best epoch, or several processes
+            return predict_split(classifier, self.data, "val")
+        probabilities = self._best[2]
+        _, labels = self.data.stored("val", torch.arange(len(probabilities)))
+        return Predictions(probabilities, labels, self.data.class_names, "val", self.data)
 
     def _title(self, label: Tensor) -> str:
-        """The class, or of mixed images both with their shares."""
+        """The class; for a mixed image, both classes with their shares."""
         names = self.data.class_names
         if label.ndim == 0:
             return names[label]
@@ -156,7 +172,7 @@ class Dashboard(Callback):
 
 
 def hyper_parameters(config: Config) -> dict[str, Any]:
-    """What runs are compared by, for TensorBoard's HParams tab: keys as they are typed, and values."""
+    """The keys and values that TensorBoard's HParams tab compares runs by, as they are typed."""
     groups = ("model", "data", "augment", "optim", "trainer")
     flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
     plain = {key: str(value) if isinstance(value, list) else value for key, value in flat.items()}
@@ -164,15 +180,16 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
-    """Where the class token, or the patches' mean, looks: the rollout, then each head of the last block."""
-    spread = torch.linspace(0, len(data.indices["val"]) - 1, EXPLAINED).long()  # classes may lie one after the other
+    """The attention to each patch in what the head reads: the rollout, then each head of the last block."""
+    spread = torch.linspace(0, len(data.indices["val"]) - 1, EXPLAINED).long()  # images may be sorted by class
     images, labels = data.stored("val", spread)
     maps = attention_maps(classifier.net, classifier.normalise(images))
     rollout, heads = attention_rollout(maps)[:, None], maps[:, -1]
     overlays = on_patches(classifier.net, torch.cat([rollout, heads], dim=1)).cpu().numpy()
     pictures = images.permute(0, 2, 3, 1).numpy() / 255
     names = ["rollout", *(f"head {number}" for number in range(1, heads.shape[1] + 1))]
-    return draw_attention(pictures, overlays, names, [data.class_names[label] for label in labels])
+    titles = [data.class_names[label] for label in labels]
+    return draw_attention(pictures, overlays, names, titles, "Attention to each patch, validation images")
 
 
 def writer_of(trainer: L.Trainer) -> SummaryWriter:
@@ -182,5 +199,15 @@ def writer_of(trainer: L.Trainer) -> SummaryWriter:
 
 
 def show(writer: SummaryWriter, name: str, figure: Figure, step: int) -> None:
-    """Put a figure under TensorBoard's images."""
-    writer.add_figure(f"pictures/{name}", figure, step, close=False)  # closing is for pyplot's figures
+    """Add a figure to TensorBoard's images."""
+    writer.add_figure(f"pictures/{name}", figure, step, close=False)  # only pyplot's figures need closing
+
+
+@contextlib.contextmanager
+def warn_instead(name: str) -> Iterator[None]:
+    """Report on stderr that a picture could not be drawn, whatever the reason, and continue."""
+    try:
+        yield
+    except Exception as error:
+        [reason, *_] = str(error).splitlines() or [""]
+        print(f"warning: no picture of {name} ({type(error).__name__}: {reason})", file=sys.stderr)

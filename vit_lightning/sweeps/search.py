@@ -1,52 +1,67 @@
-"""Search for better hyper-parameters with Optuna: ``python -m vit_lightning.search experiment=… space=…``."""
+"""Search for better hyper-parameters with Optuna."""
 
 import json
+import re
 import shlex
 import warnings
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vit_lightning.config import Config, InputError, Invocation, SearchRun
+import matplotlib.pyplot as plt
+import numpy as np
+from filelock import FileLock
+from matplotlib.axes import Axes
 
-if TYPE_CHECKING:
-    from optuna import Study, Trial
+from vit_lightning.config import Config, InputError, Invocation, MachineError, SearchConfig, SearchRun
+from vit_lightning.runs.fit import train
+from vit_lightning.terminal import print_files, print_table
+
+try:
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+except ImportError as error:
+    raise InputError(f'vit_lightning.search needs {error.name}: pip install -e ".[search]"') from error
 
 BEST = 5  # trials that are listed
+FEW = 10  # trials below which importances mean little
+COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
 
 
 def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
-    """Train one trial after the other, each with values that the study proposes, until trials or time are used up.
+    """Train one trial after another, each with values that the study proposes, until trials or time are used up.
 
-    Trials lie in ``run_dir``, the study in its storage. Any number of processes may work on one study at once; one that
-    is started again goes on with it, and a trial whose process died is taken up where it stopped.
+    Trials are in ``run_dir``, the study in its storage. Any number of processes may work on one study at once. A
+    search that is started again continues it, and a trial whose process died is continued where it stopped.
 
     Returns:
         The best ``val/acc``, in [0, 1].
 
     Raises:
-        InputError: if the storage cannot be opened, or holds the study with other settings.
-        MachineError: if a trial cannot be written, or a process of it dies: the next one would fare no better.
+        InputError: if the storage cannot be opened, or has the study with other settings, or no trial finished.
+        MachineError: if a trial cannot be written, or one of its processes dies: the next trial would fail too.
     """
-    optuna = import_optuna()
-    from optuna.study import MaxTrialsCallback
-    from optuna.trial import TrialState
-
-    from vit_lightning.config import MachineError
-    from vit_lightning.runs.fit import train
-
     assert invocation.overrides is not None
     assert invocation.compose is not None
     overrides, compose = invocation.overrides, invocation.compose
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own message
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     base = [item for item in overrides if not item.lstrip("+~").startswith(("search.", "space"))]
     study = open_study(config, base, run_dir)
-    counted = (TrialState.COMPLETE, TrialState.PRUNED)
 
-    def objective(trial: "Trial") -> float:
+    def objective(trial: optuna.Trial) -> float:
+        study.sampler = build_sampler(config.search, trial.number)
         directory = trial.user_attrs.get("directory", f"trial-{trial.number:04}")
-        trial.set_user_attr("directory", directory)  # which a trial that takes up a dead one's work inherits
+        trial.set_user_attr("directory", directory)  # a trial that replaces a dead one inherits it, and continues there
         values = typed({key: suggest(trial, key, domain) for key, domain in config.space.items()})
         print(f"trial {trial.number}: {' '.join(values)}", flush=True)
+        for earlier in study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED)):
+            if earlier.params == trial.params:
+                print(f"trial {trial.number}: already tried as trial {earlier.number}", flush=True)
+                if earlier.state is PRUNED or earlier.value is None:
+                    raise optuna.TrialPruned
+                return earlier.value
 
         def report(epoch: int, acc: float) -> None:
             trial.report(acc, epoch)
@@ -63,70 +78,44 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
             return train(trial_config, run_dir / directory, report, Invocation(command, own))
         except MachineError:
             raise
-        except InputError as error:  # values that do not go together
+        except InputError as error:  # values that are not valid together
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
 
-    if len(study.get_trials(deepcopy=False, states=counted)) < config.search.trials:
-        enough = MaxTrialsCallback(config.search.trials, states=counted)
+    if len(study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))) < config.search.trials:
+        enough = optuna.study.MaxTrialsCallback(config.search.trials, states=(COMPLETE, PRUNED))
         study.optimize(objective, timeout=config.search.timeout, callbacks=[enough])
-    if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        raise InputError("search: not one trial came to its end; widen search.timeout or the space")
+    if not study.get_trials(deepcopy=False, states=(COMPLETE,)):
+        raise InputError("search: no trial finished; increase search.timeout or change the space")
     show(study, base, run_dir)
     return study.best_value
 
 
-def import_optuna() -> Any:
-    """Optuna, quiet about what every trial does and what it holds for experimental.
+def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Study:
+    """Open the study in its storage, or create it.
 
     Raises:
-        InputError: if it is not installed.
+        InputError: if the storage cannot be opened, or has the study with other settings.
     """
-    try:
-        import optuna
-    except ImportError as error:
-        raise InputError(f'vit_lightning.search needs {error.name}: pip install -e ".[search]"') from error
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search, which says why
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    return optuna
-
-
-def open_study(config: SearchRun, base: list[str], run_dir: Path) -> "Study":
-    """Open the study in its storage, or begin it.
-
-    Raises:
-        InputError: if the storage cannot be opened, or the study there has other settings.
-    """
-    optuna = import_optuna()
-    from filelock import FileLock
-    from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
-    from sqlalchemy.exc import SQLAlchemyError
-
     settings = config.search
     url = settings.storage or f"sqlite:///{run_dir / 'study.db'}"
-    wait = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # for another worker's write
-    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # wait for another worker's write
     pruner = (
         optuna.pruners.MedianPruner(n_startup_trials=settings.startup, n_warmup_steps=settings.warmup)
         if settings.prune
         else optuna.pruners.NopPruner()
     )
     try:
-        with FileLock(run_dir / ".study.lock"):  # of two first starts at once, one makes the tables
-            storage = RDBStorage(
+        with FileLock(run_dir / ".study.lock"):  # of two first starts at once, only one creates the tables
+            storage = optuna.storages.RDBStorage(
                 url,
-                engine_kwargs=wait,
+                engine_kwargs=options,
                 heartbeat_interval=settings.heartbeat,
                 grace_period=2 * settings.heartbeat,
-                heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(),
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )
             study = optuna.create_study(
-                study_name=settings.study,
-                storage=storage,
-                sampler=samplers[settings.sampler](seed=settings.seed),
-                pruner=pruner,
-                direction="maximize",
-                load_if_exists=True,
+                study_name=settings.study, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
             )
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ValueError) as error:
         [reason, *_] = str(error).splitlines()
@@ -137,12 +126,20 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> "Study":
         study.set_user_attr("settings", wanted)
     elif started != json.loads(json.dumps(wanted)):
         raise InputError(
-            f"search.study={settings.study} in {url} has another space or other settings; give it another name"
+            f"search.study={settings.study} in {url} has another space or other settings; choose another name"
         )
     return study
 
 
-def suggest(trial: "Trial", key: str, domain: dict[str, Any]) -> Any:
+def build_sampler(settings: SearchConfig, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of one trial: its seed follows from the trial's number, so no start or worker repeats another's."""
+    seed = settings.seed
+    if seed is not None:
+        seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    return {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}[settings.sampler](seed=seed)
+
+
+def suggest(trial: optuna.Trial, key: str, domain: dict[str, Any]) -> Any:
     """The study's value for one key of the space, whose domain :class:`~vit_lightning.config.SearchRun` has checked."""
     if "choices" in domain:
         return trial.suggest_categorical(key, domain["choices"])
@@ -153,26 +150,42 @@ def suggest(trial: "Trial", key: str, domain: dict[str, Any]) -> Any:
 
 
 def typed(values: dict[str, Any]) -> list[str]:
-    """Values of keys as they are typed on a command line."""
-    return [f"{key}={'null' if value is None else value}" for key, value in values.items()]
+    """Values of keys as overrides: strings are quoted unless Hydra reads them as they are."""
+    overrides = []
+    for key, value in values.items():
+        text = "null" if value is None else str(value)
+        plain = re.fullmatch(r"(?!(?:null|true|false|nan|inf)$)[a-z_][\w./-]*", text, re.IGNORECASE | re.ASCII)
+        if isinstance(value, str) and not plain:
+            # Hydra takes a backslash literally unless a quote follows the run of backslashes that it belongs to.
+            text = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), text)
+            text = f"'{text}'"
+        overrides.append(f"{key}={text}")
+    return overrides
 
 
-def show(study: "Study", base: list[str], run_dir: Path) -> None:
-    """Print the best trials and how to run the best one again; draw the history, and what mattered."""
-    from optuna.importance import get_param_importances
-    from optuna.trial import TrialState
-
-    from vit_lightning.analysis.figures import draw_search
-    from vit_lightning.terminal import print_files, print_table
-
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    history = {trial.number: trial.value or 0.0 for trial in trials}  # which always have one
-    best = sorted(trials, key=lambda trial: -history[trial.number])[:BEST]
+def show(study: optuna.Study, base: list[str], run_dir: Path) -> None:
+    """Print the best trials and the command of the best one; draw the history and the importance of each key."""
+    trials = study.get_trials(deepcopy=False, states=(COMPLETE,))
+    values = {trial.number: trial.value or 0.0 for trial in trials}  # a complete trial always has a value
+    best = sorted(trials, key=lambda trial: -values[trial.number])[:BEST]
     keys = list(study.best_params)
-    rows = [(str(t.number), *(str(t.params[key]) for key in keys), f"{history[t.number]:.1%}") for t in best]
-    pruned = len(study.get_trials(deepcopy=False, states=(TrialState.PRUNED,)))
-    print_table(f"trials that came to their end: {len(trials)}; pruned: {pruned}", ("trial", *keys, "val/acc"), rows)
-    importances = get_param_importances(study) if len(set(history.values())) > 1 else {}
-    draw_search(history, importances).savefig(run_dir / "search.png")
-    print_files([run_dir / "search.png"])
+    rows = [(str(t.number), *(str(t.params[key]) for key in keys), f"{values[t.number]:.1%}") for t in best]
+    pruned = len(study.get_trials(deepcopy=False, states=(PRUNED,)))
+    print_table(f"{len(trials)} trials finished, {pruned} pruned", ("trial", *keys, "val/acc"), rows)
+    plots = optuna.visualization.matplotlib
+    draw(plots.plot_optimization_history, study, "Validation accuracy of each trial", run_dir / "history.png")
+    if len(set(values.values())) > 1:
+        note = f"\n(means little: fewer than {FEW} trials)" if len(trials) < FEW else ""
+        draw(plots.plot_param_importances, study, f"Importance of each key{note}", run_dir / "importances.png")
     print(shlex.join(["python", "-m", "vit_lightning.train", *base, *typed(study.best_params)]))
+
+
+def draw(plot: Callable[..., Axes], study: optuna.Study, title: str, path: Path) -> None:
+    """Save one of Optuna's figures, which it draws with pyplot and in a global style, and print its path."""
+    with plt.rc_context():
+        plt.switch_backend("Agg")  # opens no window
+        axes = plot(study, target_name="validation top-1")
+        axes.set_title(title, loc="left")
+        plt.savefig(path, dpi=100, bbox_inches="tight")
+        plt.close()
+    print_files([path])
