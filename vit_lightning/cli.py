@@ -198,7 +198,10 @@ class SweepEnd(Callback):
         if not any(directory.glob("*/")):
             sys.exit("error: the sweep has no jobs; a glob that matches no option gives none")
         if any(directory.rglob("summary.json")):
-            importlib.import_module("vit_lightning.sweeps.table").show(directory)
+            try:
+                importlib.import_module("vit_lightning.sweeps.table").show(directory)
+            except InputError as error:  # the jobs have their results; only their table is missing
+                print(f"error: {error}", file=sys.stderr)
         failed = [
             f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}"
             for path in sorted(directory.rglob("error.txt"))

@@ -7,12 +7,12 @@ from vit_lightning.config import InputError
 from vit_lightning.sweeps.table import show
 
 HELP = """\
-Say what the runs of a sweep came to, finished or not.
+Summarise the runs of a sweep, finished or not.
 
   python -m vit_lightning.sweep summary dir=outputs/multirun/…
 
-Prints a row for each setting, the best validation accuracy first, the mean and standard deviation over runs that
-differ in nothing but their seed, and writes it to summary.csv and summary.png in that directory. A sweep does so itself
+Prints a row for each setting, the best validation accuracy first, with the mean and standard deviation over runs that
+differ only in their seed, and writes the table to summary.csv and summary.png in that directory. A sweep does the same
 at its end. Started again with hydra.sweep.dir set to its directory, a sweep runs only what has not finished."""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from conftest import command
 
+from vit_lightning.analysis.figures import draw_sweep
 from vit_lightning.config import InputError
 from vit_lightning.sweeps.table import COLUMNS, summarise
 
@@ -54,9 +55,41 @@ def test_a_single_run_has_no_spread(tmp_path):
     assert (row["setting"], row["val/acc ±"]) == ("", None)
 
 
-def test_a_directory_without_runs_is_said(tmp_path):
-    with pytest.raises(InputError, match=r"holds no summary\.json"):
+def test_a_directory_without_runs_is_an_error(tmp_path):
+    with pytest.raises(InputError, match=r"has no summary\.json of a finished run"):
         summarise(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[]", b"null", b'{"overrides": ["a=1"], "met', b"\xff\x00\x80", b'{"overrides": 3}']
+)
+def test_a_file_that_is_no_summary_is_named_and_left_out(tmp_path, capsys, content):
+    write_run(tmp_path / "good", ["optim.lr=0.1"], 0.5)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "summary.json").write_bytes(content)
+    [row] = summarise(tmp_path)
+    assert row["val/acc"] == 0.5
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/bad/summary.json is damaged or not the summary of a run" in line
+
+
+def test_the_base_setting_is_marked(tmp_path):
+    for name, acc in (("base", 0.5), ("cutmix", 0.6)):
+        write_run(tmp_path / name, ["experiment=ablation", f"ablation={name}"], acc)
+    axes = draw_sweep(summarise(tmp_path)).axes[0]
+    [line] = [line for line in axes.lines if line.get_label() == "base"]
+    assert set(line.get_xdata()) == {50.0}
+    assert "base" not in [line.get_label() for line in draw_sweep(summarise(tmp_path / "cutmix")).axes[0].lines]
+
+
+def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
+    write_run(tmp_path / "sweep" / "0", ["optim.lr=0.1"], 0.5)
+    (tmp_path / "sweep" / "summary.csv").mkdir()
+    result = command("sweep", "summary", "dir=sweep", cwd=tmp_path)
+    assert result.returncode == 1
+    assert "50.0%" in result.stdout
+    [line] = result.stderr.splitlines()
+    assert line == "error: dir=sweep: summary.csv and summary.png cannot be written (Is a directory)"
 
 
 def test_the_command_prints_the_table_and_keeps_it(tmp_path):

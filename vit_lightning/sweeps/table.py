@@ -1,20 +1,36 @@
-"""What the runs of a sweep came to: ``python -m vit_lightning.sweep summary dir=outputs/multirun/…``.
-
-Runs that differ in nothing but their seed are one row: the mean of their results and the standard deviation.
-"""
+"""The table of a sweep. Runs that differ only in their seed are one row: the mean and standard deviation of each."""
 
 import csv
 import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.figures import draw_sweep
 from vit_lightning.config import InputError
-from vit_lightning.terminal import print_files, print_table
+from vit_lightning.terminal import print_files, print_table, relative
 
 COLUMNS = ("runs", "val/acc", "val/acc ±", "accuracies", "val/acc5", "samples", "seconds", "images/s", "parameters")
+
+
+def read_run(path: Path) -> dict[str, Any] | None:
+    """What the table shows of a run's ``summary.json``; ``None``, with a warning, if the file is not one."""
+    try:
+        run = json.loads(path.read_text())
+        return {
+            "overrides": [str(item) for item in run["overrides"]],
+            "val/acc": float(run["metrics"]["val/acc"]),
+            "val/acc5": float(run["metrics"]["val/acc5"]),
+            "samples": int(run["samples_seen"]),
+            "seconds": float(run["seconds"]),
+            "images/s": float(run["train/images_per_second"]),
+            "parameters": int(run["parameters"]),
+        }
+    except (OSError, ValueError, LookupError, TypeError):
+        print(f"warning: {relative(path)} is damaged or not the summary of a run; it is left out", file=sys.stderr)
+        return None
 
 
 def summarise(directory: Path) -> list[dict[str, Any]]:
@@ -24,17 +40,16 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
         directory: of a sweep; every ``summary.json`` below it is a run.
 
     Returns:
-        ``setting`` (the overrides that not all runs share, but for the seed) and ``COLUMNS``: means over the runs,
+        ``setting`` (the overrides that not all runs share, except the seed) and ``COLUMNS``: means over the runs,
         ``accuracies``, the ``val/acc`` of each, in [0, 1], and ``val/acc ±``, their sample standard deviation, ``None``
-        of a single run.
+        for a single run.
 
     Raises:
         InputError: if there is no run.
     """
-    runs = [json.loads(path.read_text()) for path in sorted(directory.glob("**/summary.json"))]
-    runs = [run for run in runs if "overrides" in run]  # summaries before there were sweeps had none
+    runs = [run for path in sorted(directory.glob("**/summary.json")) if (run := read_run(path))]
     if not runs:
-        raise InputError(f"dir={directory} holds no summary.json of a run that came to its end")
+        raise InputError(f"dir={directory} has no summary.json of a finished run")
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
     settings = defaultdict(list)
     for run in runs:
@@ -42,29 +57,27 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
         settings[" ".join(own)].append(run)
     rows = []
     for setting, group in settings.items():
-        accuracies = [run["metrics"]["val/acc"] for run in group]
+        accuracies = [run["val/acc"] for run in group]
+        averaged = ("val/acc", "val/acc5", "samples", "seconds", "images/s")
+        means = {key: statistics.mean(run[key] for run in group) for key in averaged}
         rows.append(
             {
                 "setting": setting,
                 "runs": len(group),
-                "val/acc": statistics.mean(accuracies),
                 "accuracies": accuracies,
                 "val/acc ±": statistics.stdev(accuracies) if len(group) > 1 else None,
-                "val/acc5": statistics.mean(run["metrics"]["val/acc5"] for run in group),
-                "samples": statistics.mean(run["samples_seen"] for run in group),
-                "seconds": statistics.mean(run["seconds"] for run in group),
-                "images/s": statistics.mean(run["train/images_per_second"] for run in group),
                 "parameters": group[0]["parameters"],
+                **means,
             }
         )
     return sorted(rows, key=lambda row: -row["val/acc"])
 
 
 def show(directory: Path) -> None:
-    """Print the table of a sweep, and write it beside its runs, with a picture.
+    """Print the table of a sweep, and write it to ``summary.csv`` and ``summary.png`` in the sweep's directory.
 
     Raises:
-        InputError: if there is no run.
+        InputError: if there is no run, or the files cannot be written.
     """
     rows = summarise(directory)
     cells = []
@@ -73,10 +86,14 @@ def show(directory: Path) -> None:
         shares = [f"{row['val/acc']:.1%}", spread, f"{row['val/acc5']:.1%}"]
         cells.append((row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}"))
     header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
-    print_table("validation, the mean over runs that differ in their seed", header, cells)
-    with (directory / "summary.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, ("setting", *COLUMNS), extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    draw_sweep(rows).savefig(directory / "summary.png")
+    print_table("validation, mean over the runs that differ only in their seed", header, cells)
+    try:
+        with (directory / "summary.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ("setting", *COLUMNS))
+            writer.writeheader()
+            writer.writerows(rows)
+        draw_sweep(rows).savefig(directory / "summary.png")
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"dir={directory}: summary.csv and summary.png cannot be written ({reason})") from error
     print_files(directory / name for name in ("summary.csv", "summary.png"))
