@@ -18,7 +18,9 @@ def network(**changes) -> ViT:
     return net.eval()
 
 
-@pytest.mark.parametrize("changes", [{}, {"pool": "mean", "registers": 2}, {"position": "rotary"}, {"block": "blog"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"pool": "mean", "registers": 2}, {"position": "rotary"}, {"block": "blog"}, {"pool": "attention"}]
+)
 def test_maps_are_distributions_over_all_tokens_and_leave_the_output_alone(changes):
     net, images = network(**changes), torch.randn(2, 3, 9, 9)
     before = net(images)
@@ -60,6 +62,26 @@ def test_with_rotary_positions_the_maps_are_those_that_make_the_output():
     torch.testing.assert_close(by_hand[:, : output.shape[1]], output)
 
 
+def test_a_block_may_call_its_attention_in_its_own_way():
+    net, images = network(pool="mean", position="rotary"), torch.randn(2, 3, 9, 9)
+    expected = attention_maps(net, images)
+
+    class OwnBlock(nn.Module):
+        def __init__(self, block: nn.Module) -> None:
+            super().__init__()
+            self.block = block
+
+        def forward(self, x, queries=None, rotation=None):
+            x = x + self.block.attn(self.block.norm1(x), rotation=rotation)
+            return x + self.block.mlp(self.block.norm2(x))
+
+    net.blocks = nn.ModuleList(OwnBlock(block) for block in net.blocks)
+    torch.testing.assert_close(attention_maps(net, images), expected)
+    net.blocks = nn.ModuleList()
+    with pytest.raises(ValueError, match="no attention to show"):
+        attention_maps(net, images)
+
+
 def test_in_training_mode_there_are_no_maps():
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         attention_maps(network().train(), torch.randn(1, 3, 9, 9))
@@ -82,8 +104,9 @@ def test_attention_on_patches_is_the_class_tokens_row_or_the_patches_mean():
     attention = torch.rand(2, 12, 12)
     cls = on_patches(network(registers=2), attention)
     assert torch.equal(cls.flatten(1), attention[:, 0, 1:10])
-    mean = on_patches(network(pool="mean", registers=3), attention)
-    torch.testing.assert_close(mean.flatten(1), attention[:, :9, :9].mean(dim=1))
+    for pool in ("mean", "attention"):
+        mean = on_patches(network(pool=pool, registers=3), attention)
+        torch.testing.assert_close(mean.flatten(1), attention[:, :9, :9].mean(dim=1))
     assert mean.shape == (2, 3, 3)
 
 
@@ -93,5 +116,5 @@ def test_positions_are_compared_by_their_cosine():
     assert similarity.shape == (3, 3, 3, 3)
     one, other = net.pos_embed[0, 1 + 3 * 2 + 1], net.pos_embed[0, 1 + 3 * 0 + 2]
     torch.testing.assert_close(similarity[2, 1, 0, 2], torch.cosine_similarity(one, other, dim=0))
-    with pytest.raises(ValueError, match="rotary learns no positions"):
+    with pytest.raises(ValueError, match="rotary has no position embeddings"):
         position_similarity(network(position="rotary"))

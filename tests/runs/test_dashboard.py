@@ -62,7 +62,7 @@ def test_curves_alone_if_asked(digits_run):
 
 @pytest.mark.parametrize("picture", sorted(PICTURES))
 def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch):
-    """The pictures of a run that is over, drawn again with one of them switched off."""
+    """The pictures of a finished run, drawn again with one of them switched off."""
     config = composed("experiment=quickstart", f"dashboard.{picture}=false")
     data = ImageData(config.data, config.model.image_size)
     data.setup()
@@ -76,6 +76,30 @@ def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch
     record = json.loads((digits_run / "summary.json").read_text())
     dashboard.show_best(classifier.eval(), trainer, record)
     assert set(shown) == PICTURES - {picture}
+
+
+def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_path, monkeypatch, capsys):
+    def fail(*args):
+        raise ZeroDivisionError("nothing\nto show")
+
+    monkeypatch.setattr("vit_lightning.runs.dashboard.draw_attention", fail)
+    monkeypatch.setattr("vit_lightning.analysis.predictions.draw_per_class", fail)
+    config = composed("experiment=quickstart")
+    data = ImageData(config.data, config.augment, config.model.image_size)
+    data.setup()
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = L.Trainer(**{**TRAINER, "logger": logger})
+    record = json.loads((digits_run / "summary.json").read_text())
+    Dashboard(config, data, {}, Figure()).show_best(load_classifier(str(digits_run)), trainer, record)
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: no picture of attention (ZeroDivisionError: nothing)",
+        "warning: no picture of per_class (ZeroDivisionError: nothing)",
+    ]
+    logger.experiment.flush()
+    shown = events(tmp_path)
+    assert "best/acc" in shown.Tags()["scalars"]
+    drawn = {tag.removeprefix("pictures/") for tag in shown.Tags()["images"]}
+    assert drawn == PICTURES - {"batch", "patches", "attention", "per_class"}
 
 
 def test_mixed_images_are_titled_with_their_shares(digits_config):

@@ -1,4 +1,4 @@
-"""The search command: whole studies on the digits, killed ones, and spaces that cannot be."""
+"""The search command: complete and killed studies on the digits, and invalid spaces."""
 
 import contextlib
 import json
@@ -13,10 +13,13 @@ from pathlib import Path
 import optuna
 import pytest
 from conftest import command, composed
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import QuotedString
 from optuna.trial import TrialState
 from PIL import Image
 
-from vit_lightning.config import InputError
+from vit_lightning.config import Config, InputError, Invocation, OptimConfig, SearchConfig, SearchRun
+from vit_lightning.sweeps import search
 from vit_lightning.sweeps.search import typed
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=1", "model.mlp_head_units=[]"]
@@ -47,8 +50,10 @@ def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path)
             group, name = key.split(".")
             assert summary["config"][group][name] == pytest.approx(value)
         assert 1e-4 <= trial.params["optim.lr"] <= 1e-2
-    *_, picture, again = result.stdout.splitlines()
-    Image.open(tmp_path / picture).verify()
+    *_, history, importances, again = result.stdout.splitlines()
+    assert (history, importances) == ("outputs/search/study/history.png", "outputs/search/study/importances.png")
+    for picture in (history, importances):
+        Image.open(tmp_path / picture).verify()
     best = [f"{key}={value}" for key, value in study.best_params.items()]
     settings = [item for item in SHORT if "space" not in item]
     assert shlex.split(again) == ["python", "-m", "vit_lightning.train", *settings, *best]
@@ -94,18 +99,18 @@ def test_a_dead_workers_trial_is_taken_up_where_it_stopped(tmp_path):
 
 
 def test_a_trial_that_promises_nothing_is_pruned(tmp_path):
-    """Beside one that was right nine times of ten from its first epoch on."""
+    """The study has a trial that reached 90% in its first epoch."""
     folder = tmp_path / "outputs" / "search" / "study"
     folder.mkdir(parents=True)
-    domain = optuna.distributions.CategoricalDistribution([1e-9])
+    domain = optuna.distributions.FloatDistribution(1e-9, 2e-9)
     good = optuna.create_trial(
         value=0.9, params={"optim.lr": 1e-9}, distributions={"optim.lr": domain}, intermediate_values={1: 0.9, 2: 0.9}
     )
     study = optuna.create_study(study_name="study", storage=f"sqlite:///{folder}/study.db", direction="maximize")
     study.add_trial(good)
     overrides = sorted([*TINY, "trainer.max_epochs=3"])
-    study.set_user_attr("settings", {"space": {"optim.lr": {"choices": [1e-9]}}, "overrides": overrides})
-    space = ["~space", "+space={optim.lr: {choices: [1.0e-9]}}"]
+    study.set_user_attr("settings", {"space": {"optim.lr": {"low": 1e-9, "high": 2e-9}}, "overrides": overrides})
+    space = ["~space", "+space={optim.lr: {low: 1.0e-9, high: 2.0e-9}}"]
     settings = ["search.trials=2", "search.startup=1", "search.warmup=0"]
     result = command("search", *TINY, "trainer.max_epochs=3", *settings, *space, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -114,11 +119,14 @@ def test_a_trial_that_promises_nothing_is_pruned(tmp_path):
 
 
 def test_values_that_do_not_go_together_end_their_trial_alone(tmp_path):
-    space = ["~space", "+space={model.heads: {choices: [5, 7]}}"]
-    result = command("search", *TINY, "search.trials=2", *space, cwd=tmp_path)
+    space = ["~space", "+space={model.heads: {low: 5, high: 7, step: 2}}"]
+    result = command("search", *TINY, "search.trials=3", *space, cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stdout.count("model.embed_dim=64 is not divisible by model.heads=") == 2
-    assert result.stderr == "error: search: not one trial came to its end; widen search.timeout or the space\n"
+    errors = result.stdout.count("model.embed_dim=64 is not divisible by model.heads=")
+    repeated = result.stdout.count("already tried as trial")
+    assert errors + repeated == 3
+    assert repeated >= 1  # there are only two combinations
+    assert result.stderr == "error: search: no trial finished; increase search.timeout or change the space\n"
 
 
 def test_a_disk_that_takes_no_trial_ends_the_search(tmp_path):
@@ -145,8 +153,68 @@ def test_a_study_that_is_not_ours_is_refused(tmp_path):
     assert "search.study=study in sqlite:///theirs.db has another space or other settings" in result.stderr
 
 
-def test_what_is_none_is_typed_as_null():
-    assert typed({"model.layer_scale": None, "optim.lr": 0.1}) == ["model.layer_scale=null", "optim.lr=0.1"]
+def test_a_combination_is_trained_once(tmp_path):
+    space = ["~space", "+space={optim.name: {choices: [adamw]}}"]
+    arguments = [*TINY, "trainer.max_epochs=1", "data.batch_size=512", *space, "search.trials=3"]
+    result = command("search", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("already tried as trial 0") == 2
+    assert len({trial.value for trial in study_of(tmp_path).trials}) == 1
+    assert [path.name for path in (tmp_path / "outputs/search/study").glob("trial-*")] == ["trial-0000"]
+    assert not (tmp_path / "outputs/search/study/importances.png").exists()  # all values are the same
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_a_seed_gives_one_sequence_of_proposals_over_restarts(tmp_path, sampler, monkeypatch):
+    """The values are those of one uninterrupted search, and no restart repeats the first ones."""
+    monkeypatch.setattr(search, "train", lambda config, *args: min(0.9, 100 * config.optim.lr))
+    space = {"optim.lr": {"low": 1e-4, "high": 1e-2}}
+    proposals = {}
+    for name, starts in (("once", [6]), ("restarted", [2, 3, 6])):
+        (tmp_path / name).mkdir()
+        for trials in starts:
+            settings = SearchConfig(study=name, trials=trials, sampler=sampler, seed=3, prune=False)
+            config = SearchRun(search=settings, space=space)
+            compose = lambda items: Config(optim=OptimConfig(lr=float(items[-1].partition("=")[2])))  # noqa: E731
+            search.search(config, tmp_path / name, Invocation("search", [], compose))
+        study = optuna.load_study(study_name=name, storage=f"sqlite:///{tmp_path}/{name}/study.db")
+        proposals[name] = [trial.params["optim.lr"] for trial in study.trials]
+    assert proposals["once"] == proposals["restarted"]
+    assert len(set(proposals["once"])) == 6
+
+
+VALUES = [
+    "a=b",
+    "run (1)",
+    "null",
+    "true",
+    "1e3",
+    "12",
+    "",
+    " ",
+    "it's",
+    'say "no"',
+    "a,b",
+    "[x]",
+    "{y}",
+    "C:\\x\\",
+    "a\\'b",
+]
+
+
+@pytest.mark.parametrize("value", [*VALUES, "adamw", "a/b-c.d", "ü", None, True, 0.1, 1e-9, 3])
+def test_typed_values_are_read_back_by_hydra(value):
+    [override] = typed({"group.key": value})
+    read = OverridesParser.create().parse_override(override).value()
+    read = read.text if isinstance(read, QuotedString) else read
+    assert type(read) is type(value)
+    assert read == value
+
+
+def test_plain_values_are_typed_without_quotes():
+    assert typed({"model.layer_scale": None, "optim.lr": 0.1, "optim.name": "muon"}) == [
+        *("model.layer_scale=null", "optim.lr=0.1", "optim.name=muon")
+    ]
 
 
 @pytest.mark.slow
@@ -168,7 +236,7 @@ def test_a_storage_of_something_else_is_refused(tmp_path):
     other = command("search", *SHORT, "search.trials=1", "model.dropout=0.2", cwd=tmp_path)
     assert other.returncode == 1
     assert "error: search.study=study in sqlite:///" in other.stderr
-    assert "has another space or other settings; give it another name" in other.stderr
+    assert "has another space or other settings; choose another name" in other.stderr
     (tmp_path / "notes.txt").write_text("no database at all" * 100)
     wrong = command("search", *SHORT, "search.storage=sqlite:///notes.txt", "search.study=b", cwd=tmp_path)
     assert wrong.returncode == 1
@@ -187,6 +255,8 @@ def test_a_storage_of_something_else_is_refused(tmp_path):
         ("{optim.lr: {low: a, high: 1}}", "low, high and step of optim.lr must be numbers"),
         ("{optim.lr: {low: 0, high: 1, stop: 3}}", "optim.lr has stop, which is not known"),
         ("{model.layers: {choices: []}}", "the choices of model.layers must be a list of one or more"),
+        ("{model.mlp_head_units: {choices: [[16], []]}}", "model.mlp_head_units has the choice [16]; choices are"),
+        ("{model.layers: {choices: [{a: 1}]}}", "model.layers has the choice {'a': 1}; choices are numbers"),
         ("{optim.lr: {low: 0, high: 1, step: 0}}", "low, high and step of optim.lr must be numbers, and step positive"),
         ("{}", "space= is empty"),
     ],

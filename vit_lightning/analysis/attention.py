@@ -1,8 +1,9 @@
-"""What a trained network looks at: attention maps, their rollout, and how alike its positions are.
+"""Attention maps of a trained network, their rollout, and the similarity of its position embeddings.
 
-Axes as in :mod:`vit_lightning.model.vit`; L layers.
+Axes as in :mod:`vit_lightning.model.vit`, and L layers.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,32 +17,34 @@ from vit_lightning.model.vit import Attention, ViT
 def attention_maps(model: ViT, images: Tensor) -> Tensor:
     """Attention of every head of every block, from every token to every token.
 
-    The network runs as always; beside it the weights, which its fused attention does not make, are worked out.
+    The network runs unchanged; hooks compute the weights, which its fused attention does not return.
 
     Args:
         model: in evaluation mode.
         images: (B, C, S, S), normalised.
 
     Returns:
-        (B, L, H, N, N): rows sum to 1. Tokens are the class token where there is one, the patches row by row, the
+        (B, L, H, N, N): rows sum to 1. Tokens are the class token if there is one, the patches row by row, and the
         registers.
 
     Raises:
-        ValueError: if the model is in training mode.
+        ValueError: if the model is in training mode, or has no attention.
     """
     if model.training:
-        raise ValueError("attention maps are of a model in evaluation mode: call model.eval()")
+        raise ValueError("attention maps need a model in evaluation mode: call model.eval()")
     maps: list[Tensor] = []
 
-    def keep(attention: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def keep(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(attention, Attention)
-        x, _, rotation = inputs
-        maps.append(attention.weights(x, rotation))
+        given = inspect.signature(attention.forward).bind(*args, **kwargs).arguments
+        maps.append(attention.weights(given["x"], given.get("rotation")))
 
     attentions = [module for module in model.modules() if isinstance(module, Attention)]
-    hooks = [attention.register_forward_pre_hook(keep) for attention in attentions]
+    if not attentions:
+        raise ValueError("the network has no attention to show")
+    hooks = [attention.register_forward_pre_hook(keep, with_kwargs=True) for attention in attentions]
     try:
-        model.forward(images)  # a compiled network would leave out the hooks
+        model.forward(images)  # not __call__, which would run a compiled network without its hooks
     finally:
         for hook in hooks:
             hook.remove()
@@ -49,10 +52,10 @@ def attention_maps(model: ViT, images: Tensor) -> Tensor:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """How much of each token's output comes from each input token, through all layers.
+    """The share of each input token in each token's output, through all layers.
 
-    Attention rollout (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928, section 3): the mean over heads, half
-    of it the identity for the residual connection, multiplied layer by layer.
+    Attention rollout (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928, section 3): the mean over heads,
+    averaged with the identity for the residual connection, multiplied layer by layer.
 
     Args:
         maps: (B, L, H, N, N), from :func:`attention_maps`.
@@ -68,34 +71,34 @@ def attention_rollout(maps: Tensor) -> Tensor:
 
 
 def on_patches(model: ViT, attention: Tensor) -> Tensor:
-    """What the head reads, as attention to each patch in its place.
+    """The attention to each patch, in its place, of what the head reads.
 
     Args:
         model: whose tokens they are.
         attention: (…, N, N), from tokens to tokens.
 
     Returns:
-        (…, n, n), n patches along a side of the image: of the class token, or of the patches' mean where that is read
-        (the plain one, where the head reads a learned one); without the share that goes to other tokens.
+        (…, n, n), n patches along a side of the image: the class token's row if there is one, otherwise the mean over
+        the patches' rows (unweighted for a learned pooling as well). The share of other tokens is left out.
     """
     side = model.side
-    first = int(model.pool == "cls")
+    first = int(model.cls_token is not None)
     patches = slice(first, first + side**2)
     rows = attention[..., 0, patches] if first else attention[..., patches, patches].mean(dim=-2)
     return rows.unflatten(-1, (side, side))
 
 
 def position_similarity(model: ViT) -> Tensor:
-    """Cosine similarity of each patch's learned position with every other's.
+    """Cosine similarity of each patch's position embedding with every other's.
 
     Returns:
         (n, n, n, n): of the patch in the first two indices with that in the last two; n patches along a side.
 
     Raises:
-        ValueError: if positions are not learned.
+        ValueError: if the network has no position embedding.
     """
     if model.pos_embed is None:
-        raise ValueError("model.position=rotary learns no positions to compare")
+        raise ValueError("a network with model.position=rotary has no position embeddings to compare")
     positions = F.normalize(model.pos_embed[0, -(model.side**2) :].detach(), dim=-1)
     square = (model.side, model.side)
     return (positions @ positions.T).unflatten(1, square).unflatten(0, square)

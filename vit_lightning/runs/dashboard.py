@@ -1,4 +1,4 @@
-"""What TensorBoard shows beside the curves: what was asked for, what the network sees, and what it makes of it."""
+"""What TensorBoard shows next to the curves: the configuration, training images, and figures of the best network."""
 
 import contextlib
 import sys
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
-from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity
+from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, shorten
 from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
 from vit_lightning.config import Config, flatten
 from vit_lightning.data.module import ImageData
@@ -168,7 +168,8 @@ class Dashboard(Callback):
         if label.ndim == 0:
             return names[label]
         shares, classes = label.topk(2)
-        return "\n".join(f"{names[i]} {share:.0%}" for share, i in zip(shares, classes, strict=True) if share > 0)
+        pairs = zip(shares, classes, strict=True)
+        return "\n".join(f"{shorten(names[i], 17)} {share:.0%}" for share, i in pairs if share > 0)
 
 
 def hyper_parameters(config: Config) -> dict[str, Any]:
