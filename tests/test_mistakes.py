@@ -82,7 +82,7 @@ CONFIGURATION = [
         "space.model.layerz is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe",
     ),
     ("sweep", "", "the command is: python -m vit_lightning.sweep summary dir=DIRECTORY"),
-    ("sweep", "summary dir=nowhere", "dir=nowhere holds no summary.json"),
+    ("sweep", "summary dir=nowhere", "dir=nowhere has no summary.json"),
 ]
 RUNS = [
     (

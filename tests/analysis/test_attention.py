@@ -25,7 +25,7 @@ def test_maps_are_distributions_over_all_tokens_and_leave_the_output_alone(chang
     net, images = network(**changes), torch.randn(2, 3, 9, 9)
     before = net(images)
     maps = attention_maps(net, images)
-    tokens = 9 + (net.pool == "cls") + changes.get("registers", 0)
+    tokens = 9 + net.first + changes.get("registers", 0)
     assert maps.shape == (2, 3, 5, tokens, tokens)
     assert not maps.requires_grad
     torch.testing.assert_close(maps.sum(dim=-1), torch.ones(2, 3, 5, tokens))

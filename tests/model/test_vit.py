@@ -4,31 +4,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torchvision.models import VisionTransformer
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.model.vit import (
-    Attention,
-    AttentionPool,
-    BlogBlock,
-    ConvStem,
-    Dropout,
-    PreNormBlock,
-    ViT,
-    mlp_head,
-    patchify,
-    resize_positions,
-    rotary_angles,
-    rotate,
-)
+from vit_lightning.model.layers import resize_positions
+from vit_lightning.model.vit import BLOCKS, Attention, BlogBlock, PreNormBlock, ViT
 
 
-def spec_config(**changes) -> ModelConfig:
+def default_config(**changes) -> ModelConfig:
     return ModelConfig(**{"channels": 3, "num_classes": 100, **changes})
 
 
 def small_config(**changes) -> ModelConfig:
-    """Sizes without common factors, so that swapped axes show."""
+    """Sizes without common factors, so that swapped axes are noticed."""
     sizes = dict(image_size=15, patch_size=5, channels=3, num_classes=7, embed_dim=22, heads=2, layers=3, mlp_dim=13)
     return ModelConfig(**{**sizes, "mlp_head_units": [17, 19], **changes})
 
@@ -41,15 +30,15 @@ def copy_attention(ours: Attention, theirs: nn.MultiheadAttention) -> None:
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Give every parameter a value that matters; norms and biases begin at ones and zeros."""
+    """Give every parameter random values; norms and biases are initialised to ones and zeros."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     return module
 
 
 @pytest.mark.parametrize(("block", "parameters"), [("prenorm", 2_618_020), ("blog", 2_618_916)])
-def test_parameter_counts_are_the_specs(block, parameters):
-    assert sum(p.numel() for p in ViT(spec_config(block=block)).parameters()) == parameters
+def test_default_network_has_the_tutorials_number_of_parameters(block, parameters):
+    assert sum(p.numel() for p in ViT(default_config(block=block)).parameters()) == parameters
 
 
 def test_attention_equals_torch():
@@ -61,7 +50,7 @@ def test_attention_equals_torch():
 
 
 def test_attention_in_bfloat16_equals_torch():
-    """On a CPU this precision has a path of its own."""
+    """The CPU has a separate code path for this precision."""
     torch.manual_seed(0)
     ours, theirs = randomise(Attention(22, 2)), nn.MultiheadAttention(22, 2, batch_first=True)
     copy_attention(ours, theirs)
@@ -75,7 +64,7 @@ def test_attention_in_bfloat16_equals_torch():
     assert F.cosine_similarity(half_grad.flatten(), full_grad.flatten(), dim=0) > 0.99
 
 
-def test_attention_starts_like_torch():
+def test_attention_is_initialised_like_torch():
     torch.manual_seed(0)
     ours, theirs = Attention(64, 4), nn.MultiheadAttention(64, 4)
     assert ours.qkv.weight.abs().max().item() == pytest.approx(theirs.in_proj_weight.abs().max().item(), rel=1e-2)
@@ -111,7 +100,7 @@ def torchvision_twin(ours: ViT, config: ModelConfig) -> VisionTransformer:
 
 
 @pytest.mark.parametrize("head", [[17, 19], []])
-def test_prenorm_network_equals_torchvision_in_value_and_gradient(head):
+def test_prenorm_network_and_its_gradient_equal_torchvision(head):
     torch.manual_seed(0)
     config = small_config(mlp_head_units=head)
     ours = randomise(ViT(config)).eval()
@@ -126,9 +115,9 @@ def test_prenorm_network_equals_torchvision_in_value_and_gradient(head):
     torch.testing.assert_close(ours_grad, theirs_grad, rtol=1e-4, atol=1e-5)
 
 
-def test_network_at_the_specs_constants_equals_torchvision():
+def test_default_network_equals_torchvision():
     torch.manual_seed(0)
-    config = spec_config()
+    config = default_config()
     ours = ViT(config).eval()
     images = torch.randn(2, 3, 72, 72)
     torch.testing.assert_close(ours(images), torchvision_twin(ours, config)(images), rtol=1e-5, atol=1e-5)
@@ -155,7 +144,7 @@ def test_blog_block_follows_the_tutorials_equations():
 
 
 @pytest.mark.parametrize("block", [PreNormBlock, BlogBlock])
-def test_a_block_for_the_class_token_alone_is_exact_in_value_and_gradient(block):
+def test_a_block_for_the_class_token_only_is_exact_in_value_and_gradient(block):
     torch.manual_seed(0)
     layer = randomise(block(small_config(dropout=0.0))).double()
     x = torch.randn(5, 11, 22, dtype=torch.float64, requires_grad=True)
@@ -175,8 +164,8 @@ def test_a_block_for_the_class_token_alone_is_exact_in_value_and_gradient(block)
 @pytest.mark.parametrize("pool", ["cls", "mean", "attention"])
 @pytest.mark.parametrize("position", ["learned", "rotary"])
 @pytest.mark.parametrize("registers", [0, 3])
-def test_the_last_block_leaves_out_only_what_nobody_reads(pool, position, registers):
-    """The same network, written with every token through every block."""
+def test_the_last_block_skips_only_tokens_that_are_not_pooled(pool, position, registers):
+    """Against the same network with every token passed through every block."""
     torch.manual_seed(0)
     config = small_config(
         pool=pool, position=position, registers=registers, embed_dim=24, dropout=0.0, head_dropout=0.0, layer_scale=0.5
@@ -200,79 +189,16 @@ def test_the_last_block_leaves_out_only_what_nobody_reads(pool, position, regist
     elif pool == "mean":
         x = x[:, :9].mean(dim=1)
     else:
-        x = torch.einsum("bn,bnd->bd", net.attention_pool.score(x[:, :9]).squeeze(-1).softmax(-1), x[:, :9])
+        x = torch.einsum("bn,bnd->bd", net.pool.score(x[:, :9]).squeeze(-1).softmax(-1), x[:, :9])
     torch.testing.assert_close(net(images), net.head(x))
 
 
-def test_a_mean_of_tokens_has_no_class_token():
+def test_mean_pooling_has_no_class_token():
     assert not [name for name in ViT(small_config(pool="mean")).state_dict() if "cls" in name]
     assert ViT(small_config(pool="mean")).pos_embed.shape == (1, 9, 22)
 
 
-def test_attention_pool_is_a_mean_at_first_and_picks_what_scores():
-    torch.manual_seed(0)
-    pool, x = AttentionPool(6), torch.randn(5, 11, 6)
-    nn.init.zeros_(pool.score.weight)
-    torch.testing.assert_close(pool(x), x.mean(dim=1))
-    nn.init.constant_(pool.score.weight, 1000.0)
-    torch.testing.assert_close(pool(x), x[torch.arange(5), x.sum(-1).argmax(1)])
-
-
-@pytest.mark.parametrize(("depth", "se"), [(0, False), (2, False), ([1, 2], True)])
-def test_conv_stem_follows_its_stages(depth, se):
-    torch.manual_seed(0)
-    stem = randomise(ConvStem(3, 8, 20, depth, se)).eval()
-    assert [stage[0].out_features for stage in stem] == [5, 10, 20]
-    assert [len(stage) - 4 for stage in stem] == ([*depth, 0] if isinstance(depth, list) else [depth, depth, 0])
-    images = torch.randn(2, 3, 32, 32)
-
-    def normed(x: torch.Tensor, norm: nn.BatchNorm2d) -> torch.Tensor:
-        return F.gelu(F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias))
-
-    x = images
-    for conv, _, norm, _, *residual in stem:
-        x = normed(F.max_pool2d(F.conv2d(x, conv.weight.view(len(conv.weight), -1, 3, 3), padding=1), 2), norm)
-        for part in residual:
-            weight = part[0].weight.view(x.shape[1], x.shape[1], 3, 3)
-            y = normed(F.conv2d(x, weight, padding=1), part[1])
-            if se:
-                squeezed = y.mean(dim=(2, 3))
-                hidden = F.relu(F.linear(squeezed, part[3].fc1.weight.flatten(1), part[3].fc1.bias))
-                excited = F.linear(hidden, part[3].fc2.weight.flatten(1), part[3].fc2.bias).sigmoid()
-                y = y * excited[:, :, None, None]
-            x = x + y
-    assert x.shape == (2, 20, 4, 4)
-    tokens = stem(images)
-    torch.testing.assert_close(tokens, torch.einsum("bdyx->byxd", x).reshape(2, 16, 20), rtol=1e-4, atol=1e-4)
-
-
-def test_rotary_turns_pairs_of_channels_by_the_place_of_the_patch():
-    """Against complex numbers, as the paper writes it."""
-    torch.manual_seed(0)
-    side, K = 3, 8
-    x = torch.randn(2, 4, 1 + side**2 + 2, K)
-    rotated = rotate(x, rotary_angles(side, K, first=1, last=2))
-    torch.testing.assert_close(rotated[:, :, 0], x[:, :, 0])  # class token
-    torch.testing.assert_close(rotated[:, :, -2:], x[:, :, -2:])  # registers
-    for token in range(side**2):
-        row, column = divmod(token, side)
-        for pair, angle in enumerate([column, column / 10, row, row / 10]):  # 100 ** (-1 / 2) is a tenth
-            before = torch.complex(x[..., 1 + token, pair], x[..., 1 + token, pair + K // 2])
-            after = torch.complex(rotated[..., 1 + token, pair], rotated[..., 1 + token, pair + K // 2])
-            torch.testing.assert_close(after, before * torch.exp(torch.tensor(1j * angle)))
-
-
-def test_rotary_attention_sees_only_how_far_patches_are_apart():
-    torch.manual_seed(0)
-    q, k = torch.randn(2, 8)
-    rotation = rotary_angles(5, 8, first=0, last=0)
-    scores = rotate(q.expand(1, 1, 25, 8), rotation) @ rotate(k.expand(1, 1, 25, 8), rotation).transpose(-1, -2)
-    scores = scores.view(5, 5, 5, 5)
-    torch.testing.assert_close(scores[0, 0, 1, 2], scores[3, 2, 4, 4])
-    torch.testing.assert_close(scores[4, 1, 2, 3], scores[2, 0, 0, 2])
-
-
-def test_zero_init_makes_every_block_the_identity_at_first():
+def test_zero_init_makes_every_block_the_identity():
     torch.manual_seed(0)
     net = ViT(small_config(zero_init=True))
     x = torch.randn(5, 10, 22)
@@ -280,7 +206,7 @@ def test_zero_init_makes_every_block_the_identity_at_first():
         assert torch.equal(block(x), x)
 
 
-def test_layer_scale_scales_the_branches():
+def test_layer_scale_scales_the_residual_branches():
     torch.manual_seed(0)
     scaled = randomise(PreNormBlock(small_config(layer_scale=0.25, dropout=0.0)))
     plain = PreNormBlock(small_config(dropout=0.0))
@@ -294,84 +220,26 @@ def test_layer_scale_scales_the_branches():
     assert ViT(small_config(layer_scale=0.25)).blocks[0].scale1.gamma.tolist() == [0.25] * 22
 
 
-def test_drop_path_leaves_out_branches_of_single_images_more_often_with_depth():
+def test_drop_path_skips_branches_per_image_and_more_often_with_depth():
     torch.manual_seed(0)
     net = ViT(small_config(drop_path=0.5, dropout=0.0))
     x = torch.randn(2000, 2, 22)
     shares = []
     for block in net.blocks:
-        untouched = (block(x) == x).all(dim=2)  # both branches left out
-        assert torch.equal(untouched[:, 0], untouched[:, 1])  # of an image, for all of its tokens
+        untouched = (block(x) == x).all(dim=2)  # both branches were skipped
+        assert torch.equal(untouched[:, 0], untouched[:, 1])  # for all tokens of an image
         shares.append(untouched[:, 0].float().mean().item())
     assert shares == pytest.approx([0, 0.25**2, 0.5**2], abs=0.04)
     assert torch.equal(net.eval().blocks[-1](x), net.blocks[-1](x))
 
 
-def test_dropout_drops_its_share_keeps_the_mean_and_repeats_with_the_seed():
-    x = torch.ones(1000, 1001, 3)
-    for p in (0.1, 0.5, 0.9):
-        drop = Dropout(p)
-        torch.manual_seed(0)
-        y = drop(x)
-        torch.manual_seed(0)
-        assert torch.equal(drop(x), y)
-        assert not torch.equal(drop(x), y)
-        values = y.unique()
-        assert values.tolist() == pytest.approx([0, 1 / (1 - p)], rel=1e-4)
-        # 3 million draws: five standard deviations of the share that is dropped.
-        assert (y == 0).double().mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / x.numel()) ** 0.5)
-        # Exactly unbiased: the kept share times its scale is one.
-        dropped = round(p * 2**16) / 2**16
-        assert values[1].item() * (1 - dropped) == pytest.approx(1, abs=1e-6)
-
-
-def test_dropouts_mask_values_of_one_word_are_independent():
-    torch.manual_seed(0)
-    kept = (Dropout(0.3)(torch.ones(250_000, 4)) > 0).double()
-    correlation = torch.corrcoef(torch.cat([kept, kept.roll(1, 0)], dim=1).T)
-    assert (correlation - torch.eye(8)).abs().max() < 0.01
-
-
-def test_dropouts_gradient_is_its_mask():
-    torch.manual_seed(0)
-    x = torch.randn(7, 5, requires_grad=True)
-    y = Dropout(0.4)(x)
-    y.sum().backward()
-    torch.testing.assert_close(x.grad, (y / x).detach())
-
-
-def test_dropout_is_off_in_evaluation():
-    x = torch.randn(7, 5)
-    assert torch.equal(Dropout(0.4).eval()(x), x)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_dropout_in_other_precisions(dtype):
-    torch.manual_seed(0)
-    x = torch.ones(100_000, dtype=dtype)
-    out = Dropout(0.4)(x)
-    assert out.dtype == dtype
-    assert (out == 0).double().mean().item() == pytest.approx(0.4, abs=0.01)
-    assert out.max().item() == pytest.approx(1 / 0.6, rel=torch.finfo(dtype).eps + 2**-15)
-
-
 @pytest.mark.parametrize(("block", "dropouts"), [("prenorm", 2), ("blog", 3)])
-def test_dropout_stands_where_the_spec_has_it(block, dropouts):
+def test_number_and_probability_of_dropout_layers(block, dropouts):
     net = ViT(small_config(block=block, dropout=0.25, head_dropout=0.75))
     in_block = [m.p for m in net.blocks[0].modules() if isinstance(m, nn.Dropout)]
     in_head = [m.p for m in net.head.modules() if isinstance(m, nn.Dropout)]
     assert in_block == [0.25] * dropouts
     assert in_head == [0.75] * 2
-
-
-def test_patches_are_row_major_and_channel_major_inside():
-    images = torch.arange(2 * 3 * 15 * 15.0).view(2, 3, 15, 15)
-    patches = patchify(images, 5)
-    assert patches.shape == (2, 9, 75)
-    for row in range(3):
-        for column in range(3):
-            expected = images[:, :, row * 5 : row * 5 + 5, column * 5 : column * 5 + 5].flatten(1)
-            assert torch.equal(patches[:, row * 3 + column], expected)
 
 
 @pytest.mark.parametrize("block", ["prenorm", "blog"])
@@ -385,20 +253,16 @@ def test_a_prediction_does_not_depend_on_the_batch(block):
     torch.testing.assert_close(net(images.flip(0)).flip(0), together, rtol=1e-5, atol=1e-6)
 
 
-def test_one_class_token_and_small_embeddings():
-    net = ViT(spec_config())
+def test_tokens_and_positions_are_initialised_small():
+    net = ViT(default_config())
     assert net.cls_token.shape == (1, 1, 64)
     assert net.pos_embed.shape == (1, 145, 64)
     assert net.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
     assert net.cls_token.abs().max() < 0.2
 
 
-def test_channels_follow_the_config():
+def test_number_of_channels_follows_the_config():
     assert ViT(small_config(channels=1))(torch.randn(2, 1, 15, 15)).shape == (2, 7)
-
-
-def test_head_without_units_is_linear():
-    assert [type(layer) for layer in mlp_head(22, [], 7, 0.5)] == [nn.Linear]
 
 
 @pytest.mark.parametrize(
@@ -410,7 +274,7 @@ def test_head_without_units_is_linear():
         {"position": "rotary", "embed_dim": 24, "pool": "mean", "layer_scale": 0.1},
     ],
 )
-def test_every_parameter_learns(changes):
+def test_every_parameter_has_a_gradient(changes):
     torch.manual_seed(0)
     net = ViT(small_config(**changes))
     side = net.image_size
@@ -419,13 +283,13 @@ def test_every_parameter_learns(changes):
 
 
 @pytest.mark.parametrize("missing", ["channels", "num_classes"])
-def test_network_without_sizes_is_refused(missing):
-    with pytest.raises(ValueError, match="needs its num_classes and channels"):
+def test_missing_number_of_classes_or_channels_is_an_error(missing):
+    with pytest.raises(ValueError, match="needs num_classes and channels"):
         ViT(small_config(**{missing: None}))
 
 
 @pytest.mark.parametrize("model", [{"pool": "cls"}, {"pool": "mean", "registers": 2}, {"position": "rotary"}])
-def test_other_sizes_of_images_are_those_of_a_network_with_resized_positions(model):
+def test_images_of_another_size_resize_the_positions(model):
     torch.manual_seed(0)
     large, small = (
         ViT(
@@ -435,7 +299,45 @@ def test_other_sizes_of_images_are_those_of_a_network_with_resized_positions(mod
     )
     state = large.state_dict()
     if "pos_embed" in state:
-        state["pos_embed"] = resize_positions(state["pos_embed"], 2, first=int(large.pool == "cls"))
+        state["pos_embed"] = resize_positions(state["pos_embed"], 2, large.first)
     small.load_state_dict(state)
     images = torch.randn(3, 1, 6, 6)
     torch.testing.assert_close(large(images), small(images))
+
+
+def test_a_norm_follows_the_last_block_unless_the_block_declines_it(monkeypatch):
+    """A registered block that does not mention the final norm gets one."""
+
+    class Doubling(nn.Module):
+        def __init__(self, config, drop_path):
+            super().__init__()
+
+        def forward(self, x, queries=None, rotation=None):
+            return 2 * x[:, :queries]
+
+    monkeypatch.setitem(BLOCKS, "prenorm", Doubling)
+    net = ViT(small_config(mlp_head_units=[]))
+    net.head = nn.Identity()
+    torch.testing.assert_close(
+        net(torch.randn(5, 3, 15, 15)).std(dim=1, correction=0), torch.ones(5), rtol=0.01, atol=0
+    )
+    assert isinstance(ViT(small_config(block="blog")).norm, nn.Identity)
+
+
+def test_states_of_earlier_versions_are_loaded():
+    """Convolutions were saved as matrices, and the attention pool under another name."""
+    torch.manual_seed(0)
+    config = small_config(
+        patch_embed="conv", patch_size=4, image_size=16, pool="attention", stem_depth=1, stem_se=True, embed_dim=24
+    )
+    trained, net, nested = randomise(ViT(config)).eval(), ViT(config).eval(), AveragedModel(ViT(config)).eval()
+    state = {}
+    for name, value in trained.state_dict().items():
+        matrix = value.ndim == 4 and value.shape[-1] == 3
+        state[name.replace("pool.score", "attention_pool.score")] = value.flatten(1) if matrix else value
+    assert sum(value.ndim == 4 for value in state.values()) == 2  # squeeze-and-excitation
+    net.load_state_dict(state)
+    nested.load_state_dict({"n_averaged": torch.tensor(3), **{f"module.{name}": v for name, v in state.items()}})
+    images = torch.randn(5, 3, 16, 16)
+    assert torch.equal(net(images), trained(images))
+    assert torch.equal(nested(images), trained(images))

@@ -82,7 +82,7 @@ def on_patches(model: ViT, attention: Tensor) -> Tensor:
         the patches' rows (unweighted for a learned pooling as well). The share of other tokens is left out.
     """
     side = model.side
-    first = int(model.cls_token is not None)
+    first = model.first
     patches = slice(first, first + side**2)
     rows = attention[..., 0, patches] if first else attention[..., patches, patches].mean(dim=-2)
     return rows.unflatten(-1, (side, side))

@@ -1,7 +1,7 @@
 """The Vision Transformer, in pure PyTorch.
 
-After "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929, section 3.1),
-with the constants of the Keras example "Image classification with Vision Transformer" and its PyTorch adaptations.
+After "An Image is Worth 16x16 Words" (Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929, section 3.1). The
+default sizes are those of the Keras example "Image classification with Vision Transformer".
 
 Axes:
     B  batch              N  tokens (class token, patches, registers)
@@ -10,41 +10,34 @@ Axes:
     P  patch size         K  width of a head (D / H)
 """
 
-import itertools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import SqueezeExcitation, StochasticDepth
+from torchvision.ops import StochasticDepth
 
 from vit_lightning.config import ModelConfig
+from vit_lightning.model.layers import (
+    POOLS,
+    Dropout,
+    LayerScale,
+    learned_tokens,
+    mlp_head,
+    resize_positions,
+    rotary_angles,
+    rotate,
+)
+from vit_lightning.model.stems import PATCH_EMBEDS
 
 NORM_EPS = 1e-6
 
 
-class Dropout(nn.Dropout):
-    """:class:`torch.nn.Dropout`, whose mask costs a CPU little.
-
-    The stock mask draws one random number for each element, one after the other. Here each 64-bit word from the same
-    generator gives four mask values of 16 bits: the share dropped is ``p`` rounded to a multiple of 2⁻¹⁶, and what is
-    kept is scaled by what that rounding left. Other devices take the stock one, and so does a compiled
-    network, whose random numbers are no longer drawn one after the other.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        stock = x.device.type != "cpu" or torch.compiler.is_compiling()
-        if not self.training or self.p == 0 or stock:
-            return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2¹⁶ equally likely values
-        words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-        keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
-        return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
-
-
 class Attention(nn.Module):
-    """Multi-head self-attention without mask (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
+    """Multi-head self-attention without a mask (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
 
-    Equals :class:`torch.nn.MultiheadAttention`, whose initialisation it shares, mostly by the fused kernel.
+    Computes the same as :class:`torch.nn.MultiheadAttention`, with the same initialisation.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -57,23 +50,26 @@ class Attention(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
-        """Attention to all tokens of x (B, N, D), for the first ``queries`` of them, Q: (B, Q, D).
+        """Attend to all tokens.
 
-        ``rotation`` (2, N, K), from :func:`rotary_angles`, turns queries and keys by their positions.
+        Args:
+            x: (B, N, D).
+            queries: Q, to compute the output of the first Q tokens only; ``None`` for all of them.
+            rotation: (2, N, K), from :func:`~vit_lightning.model.layers.rotary_angles`.
+
+        Returns:
+            (B, Q, D).
         """
-        B, N, D = x.shape
-        heads = (self.heads, D // self.heads)
         if queries is None:
-            qkv = self.qkv(x).view(B, N, 3, *heads)  # (B, N, 3, H, K)
-            q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
+            q, k, v = self._split(self.qkv(x))
         else:
-            weight, bias = self.qkv.weight, self.qkv.bias
-            q = F.linear(x[:, :queries], weight[:D], bias[:D]).view(B, queries, *heads).transpose(1, 2)  # (B, H, Q, K)
-            kv = F.linear(x, weight[D:], bias[D:]).view(B, N, 2, *heads)  # (B, N, 2, H, K)
-            k, v = kv.permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
+            D, weight, bias = x.shape[2], self.qkv.weight, self.qkv.bias
+            [q] = self._split(F.linear(x[:, :queries], weight[:D], bias[:D]))  # (B, H, Q, K)
+            k, v = self._split(F.linear(x, weight[D:], bias[D:]))  # (B, H, N, K) each
         if rotation is not None:
             q, k = rotate(q, rotation[:, : q.shape[2]]), rotate(k, rotation)
-        if x.device.type == "cpu" and q.dtype == torch.bfloat16:  # whose fused gradient is several times as slow
+        if x.device.type == "cpu" and q.dtype == torch.bfloat16:
+            # On CPUs the gradient of the fused kernel is several times slower than this in bfloat16.
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, H, Q, N)
             x = weights.to(v.dtype) @ v
         else:
@@ -81,61 +77,24 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """How much each token of x (B, N, D) attends to each, which :meth:`forward` need not make: (B, H, N, N)."""
-        B, N, D = x.shape
-        q, k, _ = self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)  # (B, H, N, K) each
+        """Return the attention of each token of x (B, N, D) to each token: (B, H, N, N)."""
+        q, k, _ = self._split(self.qkv(x))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
-
-def rotary_angles(side: int, head_dim: int, first: int, last: int) -> Tensor:
-    """Cosines and sines that turn queries and keys by where their patch lies: axial rotary position embedding.
-
-    After Su et al., 2021 (https://arxiv.org/abs/2104.09864, section 3.2.2), along both axes of an image as in Heo et
-    al., 2024 (https://arxiv.org/abs/2403.13298, section 3.1, with its base of 100): half of a head's pairs of channels
-    turn with x, half with y.
-
-    Args:
-        side: patches along an image's side.
-        head_dim: K, a multiple of 4.
-        first: tokens before the patches, which are not turned.
-        last: tokens after them, likewise.
-
-    Returns:
-        (2, N, K).
-    """
-    frequencies = 100 ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (K / 4,)
-    y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = torch.cat([places.reshape(-1, 1) * frequencies for places in (x, y)], dim=1)  # (side², K / 2)
-    angles = F.pad(angles, (0, 0, first, last)).repeat(1, 2)  # (N, K): the second half pairs with the first
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (i, i + K / 2) of x (B, H, N, K) by the angles of ``rotation`` (2, N, K)."""
-    cos, sin = rotation.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-b, a], dim=-1) * sin
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel of a residual branch (Touvron et al., 2021, https://arxiv.org/abs/2103.17239)."""
-
-    def __init__(self, dim: int, value: float) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), value))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) to (…, D)."""
-        return x * self.gamma
+    def _split(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Split (B, N, n · D) into n tensors (B, H, N, K)."""
+        D = self.proj.in_features
+        return x.unflatten(2, (x.shape[2] // D, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4).unbind()
 
 
 class PreNormBlock(nn.Module):
-    """``x + drop(attn(norm1(x)))``, then ``x + mlp(norm2(x))``; one norm follows the last block.
+    """``x + drop(attn(norm1(x)))``, then ``x + mlp(norm2(x))``.
 
-    Each residual branch may be scaled (:class:`LayerScale`), begin at zero (``config.zero_init``) and be left out for
-    a random part of the images (``drop_path``; Huang et al., 2016, https://arxiv.org/abs/1603.09382).
+    The residual branches can be scaled (:class:`~vit_lightning.model.layers.LayerScale`), start at zero
+    (``config.zero_init``) and be skipped for a random subset of the images (``drop_path``; Huang et al., 2016,
+    https://arxiv.org/abs/1603.09382).
     """
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
@@ -155,7 +114,7 @@ class PreNormBlock(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
-        """(B, N, D) to (B, N, D), or to the first ``queries`` tokens of that, at their cost alone."""
+        """(B, N, D) to (B, N, D), or only the first ``queries`` tokens of it, at their cost."""
         a = self.drop(self.attn(self.norm1(x), queries, rotation))
         x = x[:, :queries] + self.drop_path(self.scale1(a))
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
@@ -164,8 +123,10 @@ class PreNormBlock(nn.Module):
 class BlogBlock(nn.Module):
     """The tutorial's block: ``a = norm_in(x)``, ``h = norm_1(x + drop(attn(a)))``, ``norm_2(h + ffn(h))``.
 
-    Its feed-forward has GELU and dropout after the second linear layer too, and no norm follows the last block.
+    Its feed-forward network has GELU and dropout after the second linear layer too.
     """
+
+    final_norm = False
 
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
@@ -181,207 +142,93 @@ class BlogBlock(nn.Module):
         self.norm_2 = nn.LayerNorm(D, eps=NORM_EPS)
 
     def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
-        """(B, N, D) to (B, N, D), or to the first ``queries`` tokens of that, at their cost alone."""
+        """(B, N, D) to (B, N, D), or only the first ``queries`` tokens of it, at their cost."""
         h = self.norm_1(x[:, :queries] + self.drop(self.attn(self.norm_in(x), queries, rotation)))
         return self.norm_2(h + self.ffn(h))
 
 
-def mlp_head(dim: int, units: list[int], num_classes: int, dropout: float) -> nn.Sequential:
-    """Linear, GELU, dropout for each of ``units``, then a linear layer to the logits."""
-    layers: list[nn.Module] = []
-    for width in units:
-        layers += [nn.Linear(dim, width), nn.GELU(), Dropout(dropout)]
-        dim = width
-    return nn.Sequential(*layers, nn.Linear(dim, num_classes))
-
-
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """Cut images into patches, row by row.
-
-    Args:
-        images: (B, C, S, S).
-        patch_size: P, a divisor of S.
-
-    Returns:
-        (B, (S / P)², C · P · P), channel-major inside a patch.
-    """
-    return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
-
-
-class PatchEmbed(nn.Linear):
-    """A linear map of each patch's pixels (Dosovitskiy et al., 2021, equation 1)."""
-
-    def __init__(self, channels: int, patch_size: int, dim: int) -> None:
-        super().__init__(channels * patch_size**2, dim)
-        self.patch_size = patch_size
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) to (B, (S / P)², D)."""
-        return super().forward(patchify(images, self.patch_size))
-
-
-class Conv(nn.Linear):
-    """A 3 × 3 convolution without bias, whose weight is a matrix (out, in · 9), as Muon wants it."""
-
-    def __init__(self, before: int, after: int) -> None:
-        super().__init__(before * 9, after, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, before, h, w) to (B, after, h, w)."""
-        return F.conv2d(x, self.weight.unflatten(1, (-1, 3, 3)), padding=1)
-
-
-class ResidualConv(nn.Sequential):
-    """A 3 × 3 convolution, batch norm and GELU beside the identity (He et al., 2016, arXiv:1512.03385, section 3).
-
-    ``se`` weights its channels by squeeze-and-excitation (Hu et al., 2018, arXiv:1709.01507, section 3), with a
-    bottleneck of an eighth of the width.
-    """
-
-    def __init__(self, width: int, se: bool = False) -> None:
-        excitation = [SqueezeExcitation(width, max(1, width // 8))] if se else []
-        super().__init__(Conv(width, width), nn.BatchNorm2d(width), nn.GELU(), *excitation)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, width, h, w) to the same."""
-        return x + super().forward(x)
-
-
-class ConvStem(nn.Sequential):
-    """Halves the image with a 3 × 3 convolution, max-pooling, batch norm and GELU until a pixel is a token.
-
-    After Hassani et al., 2021 (https://arxiv.org/abs/2104.05704, section 3.3), with a norm; pooling comes before it,
-    at a quarter of the cost. The width doubles from stage to stage, up to D. After each stage but the last,
-    residual convolutions may follow: ``depth`` of them, or of a list a number for each stage.
-    """
-
-    def __init__(self, channels: int, patch_size: int, dim: int, depth: int | list[int], se: bool) -> None:
-        stages = patch_size.bit_length() - 1
-        depths = [*depth, 0] if isinstance(depth, list) else [depth] * (stages - 1) + [0]
-        widths = [channels, *(dim >> stage for stage in reversed(range(stages)))]
-        super().__init__(
-            *(
-                nn.Sequential(
-                    Conv(before, after),
-                    nn.MaxPool2d(2),
-                    nn.BatchNorm2d(after),
-                    nn.GELU(),
-                    *(ResidualConv(after, se) for _ in range(depth)),
-                )
-                for (before, after), depth in zip(itertools.pairwise(widths), depths, strict=True)
-            )
-        )
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, S, S) to (B, (S / P)², D)."""
-        images = images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
-        return super().forward(images).flatten(2).transpose(1, 2)
-
-
-class AttentionPool(nn.Module):
-    """A mean over tokens by learned weights: sequence pooling (Hassani et al., 2021, section 3.2)."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.score = nn.Linear(dim, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, D) to (B, D)."""
-        return (self.score(x).softmax(dim=1).transpose(1, 2) @ x).squeeze(1)
+# By the values of model.block. A block is built from the configuration and its drop-path rate; its attribute
+# ``final_norm`` (default: True) says whether a norm follows the last block.
+BLOCKS: dict[str, Callable[[ModelConfig, float], nn.Module]] = {"prenorm": PreNormBlock, "blog": BlogBlock}
 
 
 class ViT(nn.Module):
-    """Vision Transformer classifier: patches, position embedding, blocks, pooling, MLP head.
+    """Vision Transformer classifier: patches, position embedding, blocks, pooling and an MLP head.
 
-    By default the head reads a class token in front of the patches; ``config.pool`` may have it read their mean, or
-    their weighted mean, instead. Register tokens (Darcet et al., 2024, https://arxiv.org/abs/2309.16588) follow them.
+    By default the head reads a class token in front of the patches; ``config.pool`` selects an average of the patches
+    instead. Register tokens (Darcet et al., 2024, https://arxiv.org/abs/2309.16588) follow the patches.
 
-    Departs from the tutorial where that is defective: one class token for all images, so that a prediction does not
-    depend on the batch, and tokens and positions initialised by a truncated normal of deviation 0.02.
+    Two defects of the tutorial are fixed: all images share one class token, so that a prediction does not depend on the
+    batch; and tokens and positions are initialised by a truncated normal distribution of standard deviation 0.02.
 
     Raises:
-        ValueError: if ``config.num_classes`` or ``config.channels`` is ``None``: there is no data to follow here.
+        ValueError: if ``config.num_classes`` or ``config.channels`` is ``None``.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         if config.num_classes is None or config.channels is None:
-            raise ValueError("a ViT needs its num_classes and channels")
+            raise ValueError("ViT needs num_classes and channels")
         self.image_size = config.image_size
+        self.patch_size = config.patch_size
         self.channels = config.channels
-        self.pool = config.pool
         D = config.embed_dim
-        self.side = side = config.image_size // config.patch_size  # of the square of patches
-        self.patch_embed = (
-            ConvStem(config.channels, config.patch_size, D, config.stem_depth, config.stem_se)
-            if config.patch_embed == "conv"
-            else PatchEmbed(config.channels, config.patch_size, D)
-        )
-        first = int(config.pool == "cls")  # tokens before the patches
-        self.cls_token = _tokens(first, D)
-        self.registers = _tokens(config.registers, D)
-        self.pos_embed = _tokens(first + side**2 if config.position == "learned" else 0, D)
-        self.rotary = (D // config.heads, first, config.registers) if config.position == "rotary" else None
-        angles = None if self.rotary is None else rotary_angles(side, *self.rotary)
+        self.side = config.image_size // config.patch_size  # patches along a side of the image
+        block, pool = BLOCKS[config.block], POOLS[config.pool]
+        self.patch_embed = PATCH_EMBEDS[config.patch_embed](config)
+        self.first = int(getattr(pool, "class_token", False))  # tokens before the patches
+        self.cls_token = learned_tokens(self.first, D)
+        self.registers = learned_tokens(config.registers, D)
+        self.pos_embed = learned_tokens(self.first + self.side**2 if config.position == "learned" else 0, D)
+        self.rotary = (D // config.heads, self.first, config.registers) if config.position == "rotary" else None
+        angles = None if self.rotary is None else rotary_angles(self.side, *self.rotary)
         self.register_buffer("rotation", angles, persistent=False)
-        block = {"prenorm": PreNormBlock, "blog": BlogBlock}[config.block]
         rates = torch.linspace(0, config.drop_path, config.layers).tolist()  # rises with depth
         self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(D, eps=NORM_EPS) if config.block == "prenorm" else nn.Identity()
-        self.attention_pool = AttentionPool(D) if config.pool == "attention" else None
+        self.norm = nn.LayerNorm(D, eps=NORM_EPS) if getattr(block, "final_norm", True) else nn.Identity()
+        self.pool = pool(D)
         self.head = mlp_head(D, config.mlp_head_units, config.num_classes, config.head_dropout)
+        self.register_load_state_dict_pre_hook(upgrade_state)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images (B, C, S, S) to logits (B, num_classes).
+        """Compute the logits of normalised images.
 
-        Images of another size, of whole patches too, do as well: positions are resized to their tokens.
+        Args:
+            images: (B, C, s, s), where s is a multiple of P; positions are resized if it is not S.
+
+        Returns:
+            (B, num_classes).
         """
         x = self.patch_embed(images)  # (B, patches, D)
-        side = images.shape[-1] // (self.image_size // self.side)
-        read = 1 if self.cls_token is not None else side**2  # tokens of the head, which alone the last block works out
+        side = images.shape[-1] // self.patch_size
         rotation = self.rotation
         if self.rotary is not None and side != self.side:
             rotation = rotary_angles(side, *self.rotary).to(x.device)
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
         if self.pos_embed is not None:
-            x = x + resize_positions(self.pos_embed, side, first=int(self.cls_token is not None))
+            x = x + resize_positions(self.pos_embed, side, self.first)
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)  # (B, N, D)
         for block in self.blocks[:-1]:
             x = block(x, rotation=rotation)  # (B, N, D)
-        queries = read if read < x.shape[1] else None
-        x = self.norm(self.blocks[-1](x, queries, rotation))  # (B, read, D)
-        if self.pool == "cls":
-            x = x.squeeze(1)
-        elif self.attention_pool is not None:
-            x = self.attention_pool(x)
-        else:
-            x = x.mean(dim=1)
-        return self.head(x)  # from (B, D)
+        # The last block computes only the tokens that are pooled: the class token, or else the patches.
+        pooled = self.first or side**2
+        queries = pooled if pooled < x.shape[1] else None
+        x = self.norm(self.blocks[-1](x, queries, rotation))  # (B, pooled, D)
+        return self.head(self.pool(x))
+
+    def muon_matrices(self) -> list[Tensor]:
+        """Return the weights that Muon is for: of the stem's 3 × 3 convolutions and the blocks' linear layers."""
+        convolutions = [m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
+        linear = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
+        return [*(m.weight for m in convolutions), *(m.weight for m in linear)]
 
 
-def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
-    """Learned positions of a square of patches, for a square of another size (bicubic, antialiased).
-
-    Args:
-        positions: (1, first + n², D).
-        side: patches along a side of the new square.
-        first: tokens before the patches, whose positions stay as they are.
-
-    Returns:
-        (1, first + side², D).
-    """
-    before, grid = positions[:, :first], positions[:, first:]
-    n = round(grid.shape[1] ** 0.5)
-    if n == side:
-        return positions
-    # A product with what it makes of each patch alone: the gradient of bicubic resizing is not deterministic on GPUs.
-    single = torch.eye(n**2, device=grid.device).view(n**2, 1, n, n)
-    share = F.interpolate(single, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
-    return torch.cat([before, share.view(n**2, side**2).T.to(grid.dtype) @ grid], dim=1)
-
-
-def _tokens(number: int, dim: int) -> nn.Parameter | None:
-    """Learned vectors (1, number, D)."""
-    return nn.Parameter(nn.init.trunc_normal_(torch.empty(1, number, dim), std=0.02)) if number else None
+def upgrade_state(net: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Convert a state of earlier versions: ``pool`` was ``attention_pool``, convolutions were (out, in · 9)."""
+    ndim = {name: parameter.ndim for name, parameter in net.named_parameters(prefix.removesuffix("."))}
+    for old in [name for name in state_dict if name.startswith(prefix)]:
+        name = old.replace(f"{prefix}attention_pool.", f"{prefix}pool.")
+        value = state_dict.pop(old)
+        state_dict[name] = value.unflatten(1, (-1, 3, 3)) if value.ndim == 2 and ndim.get(name) == 4 else value

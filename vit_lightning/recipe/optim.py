@@ -1,4 +1,4 @@
-"""Parameter groups, optimizers, their learning-rate schedule, and the average of the weights."""
+"""Parameter groups, optimizers, the learning-rate schedule, and the moving average of the weights."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -7,73 +7,107 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from torch.overrides import TorchFunctionMode
 
 from vit_lightning.config import OptimConfig
 from vit_lightning.devices import has_fast_bfloat16
-from vit_lightning.model.vit import Conv
+from vit_lightning.model.vit import ViT
 
 
-def build_optimizer(net: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101) in PyTorch's fused form, or Muon with it.
+def build_optimizer(net: ViT, config: OptimConfig) -> Optimizer:
+    """Build AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101), or Muon and AdamW.
 
-    Unless ``config.decay_all``, only the matrices of linear layers and convolutions decay: norms, biases, tokens and
-    position embedding do not. With ``config.name=muon`` the matrices of the blocks and of a convolutional stem belong
-    to Muon (Jordan, 2024, https://kellerjordan.github.io/posts/muon/). Unlike there, the first convolution is among
-    them, and queries, keys and values are one matrix.
+    Unless ``config.decay_all``, only the weights of linear layers and of the stem's 3 × 3 convolutions decay. With
+    ``config.name=muon``, Muon trains :meth:`~vit_lightning.model.vit.ViT.muon_matrices`.
     """
-    matrices = {id(m.weight) for m in net.modules() if isinstance(m, nn.Linear)}
-    muon = {
-        id(m.weight)
-        for name, m in net.named_modules()
-        if config.name == "muon" and (isinstance(m, Conv) or (isinstance(m, nn.Linear) and name.startswith("blocks.")))
-    }
-    decay = [p for p in net.parameters() if (config.decay_all or id(p) in matrices) and id(p) not in muon]
-    rest = [p for p in net.parameters() if not (config.decay_all or id(p) in matrices)]
-    groups = [
-        {"params": params, "weight_decay": weight_decay}
-        for params, weight_decay in ((decay, config.weight_decay), (rest, 0.0))
-        if params
-    ]
+    matrices = set(net.muon_matrices())
+    decayed = matrices | {module.weight for module in net.modules() if isinstance(module, nn.Linear)}
+    muon = [p for p in net.parameters() if p in matrices] if config.name == "muon" else []
+    rest = [p for p in net.parameters() if not muon or p not in matrices]
+    decay = [p for p in rest if config.decay_all or p in decayed]
+    no_decay = [p for p in rest if not (config.decay_all or p in decayed)]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    groups = [group for group in groups if group["params"]]
     adamw = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
-    # Fused, it would take on the unscaling of gradients in 16-mixed precision, and Lightning then refuses to clip them.
+    adamw.register_load_state_dict_post_hook(match_shapes)
+    # Fused, AdamW would unscale the gradients of 16-mixed precision itself, and Lightning then refuses to clip them.
     adamw._step_supports_amp_scaling = False
     if not muon:
         return adamw
-    inner = [p for p in net.parameters() if id(p) in muon]
-    device = inner[0].device
-    kind = Muon if has_fast_bfloat16(device) else FullPrecisionMuon
-    return Joined(adamw, kind(inner, lr=config.muon_lr, weight_decay=config.weight_decay, ns_steps=config.ns_steps))
+    dtype = torch.bfloat16 if has_fast_bfloat16(muon[0].device) else torch.float32
+    return CombinedOptimizer(adamw, Muon(muon, config.muon_lr, config.weight_decay, config.ns_steps, dtype=dtype))
 
 
-class FullPrecisionMuon(Muon):
-    """Muon in float32, for devices that are slow in the bfloat16 it casts to: on old processors a hundred times so."""
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """As torch's, which has no setting for it; ``closure`` computes loss and gradients once."""
-        with KeepFloat32():
-            return super().step(closure)
-
-
-class KeepFloat32(TorchFunctionMode):
-    """Where active, ``tensor.bfloat16()`` is a copy of the tensor as it is."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Answer that one call; leave others as they are."""
-        if func is Tensor.bfloat16:
-            return args[0].clone()
-        return func(*args, **(kwargs or {}))
+def match_shapes(optimizer: Optimizer) -> None:
+    """Reshape a loaded state that was saved when 3 × 3 convolutions had 2-D weights (out, in · 9)."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if parameter.ndim == 4 and value.ndim == 2:
+                state[name] = value.view_as(parameter)
 
 
-class Joined(Optimizer):
-    """Several optimizers that step together and look like one, as Lightning and schedulers want it.
+class Muon(Optimizer):
+    """Muon: momentum with orthogonalised updates (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
+
+    Equals :class:`torch.optim.Muon`, but also takes convolutions, as matrices (out, in · h · w), and any ``dtype``.
 
     Args:
-        parts: optimizers of disjoint parameters; their groups are shared, so that a schedule reaches them.
+        params: parameters of at least two dimensions.
+        lr: learning rate; multiplied by ``sqrt(max(1, rows / columns))`` for each matrix.
+        weight_decay: decoupled weight decay.
+        ns_steps: Newton-Schulz iterations.
+        momentum: coefficient of the Nesterov momentum.
+        dtype: precision of the iterations; CPUs without bfloat16 instructions are up to 100 times slower in bfloat16.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        ns_steps: int = 5,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.dtype = dtype  # not in a group, so that a checkpoint of another device does not change it
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, ns_steps=ns_steps, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters; ``closure`` computes and returns the loss."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            lr, momentum = group["lr"], group["momentum"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                grad, state = parameter.grad.flatten(1), self.state[parameter]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(grad)
+                average = state["momentum_buffer"].lerp_(grad, 1 - momentum)
+                update = orthogonalise(grad.lerp(average, momentum).to(self.dtype), group["ns_steps"])
+                parameter.mul_(1 - lr * group["weight_decay"])
+                rows, columns = update.shape
+                parameter.add_(update.view_as(parameter), alpha=-lr * math.sqrt(max(1, rows / columns)))
+        return loss
+
+
+def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
+    """Move the singular values of a matrix (m, n) towards one, by Jordan's quintic Newton-Schulz iteration."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm().clamp(min=1e-7)  # singular values in [0, 1]
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+class CombinedOptimizer(Optimizer):
+    """Several optimizers that step together and look like one to Lightning and to schedules.
+
+    Args:
+        parts: optimizers of disjoint parameters; their groups are shared, so that a schedule changes them.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -81,21 +115,18 @@ class Joined(Optimizer):
         super().__init__([group for part in parts for group in part.param_groups], {})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Let each take its step; ``closure`` computes loss and gradients once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        """Step with every part; ``closure`` computes and returns the loss, once."""
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for part in self.parts:
             part.step()
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of all, in their order."""
+        """Return the states of the parts, in their order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Undo :meth:`state_dict`."""
+        """Load what :meth:`state_dict` returned."""
         for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         self.param_groups = [group for part in self.parts for group in part.param_groups]
@@ -104,13 +135,13 @@ class Joined(Optimizer):
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, steps: int, elapsed: Callable[[], float] | None = None
 ) -> LambdaLR:
-    """The learning rate by step: a linear warm-up, then constant, or a cosine or line down to zero at the run's end.
+    """Build the schedule: a linear warm-up, then constant, or a cosine or a line that reaches zero at the run's end.
 
     Args:
-        optimizer: its learning rates are scaled.
-        config: the schedule's shape.
-        steps: optimizer steps of the whole run.
-        elapsed: gives the share of the run that is over, where time is to count and not steps.
+        optimizer: the optimizer whose learning rates are scaled.
+        config: the shape of the schedule.
+        steps: total optimizer steps of the run.
+        elapsed: returns the completed fraction of the run, for a schedule by time; ``None`` for one by steps.
     """
     warmup = round(config.warmup * steps)
 
@@ -118,7 +149,7 @@ def build_schedule(
         if elapsed is not None:
             step = elapsed() * steps
         if step < warmup:
-            return min(1.0, (step + 1) / warmup)  # by time, a step is a fraction
+            return min(1.0, (step + 1) / warmup)  # by time, step is not an integer
         if config.schedule == "constant":
             return 1.0
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
@@ -128,15 +159,15 @@ def build_schedule(
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:
-    """The Euclidean norm of all tensors together; each process may hold a part of them."""
+    """Return the Euclidean norm of all tensors taken together; they may be sharded over processes."""
     norm = torch.nn.utils.get_total_norm(list(tensors))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
-    """An exponential moving average for :class:`torch.optim.swa_utils.AveragedModel`'s ``multi_avg_fn``.
+    """Return an exponential moving average for ``multi_avg_fn`` of :class:`torch.optim.swa_utils.AveragedModel`.
 
-    Its decay warms up as ``(1 + n) / (10 + n)`` after n steps, so that the first, poor weights are soon forgotten.
+    After n steps the decay is at most ``(1 + n) / (10 + n)``, so that the initial weights are soon forgotten.
     """
 
     @torch.no_grad()
@@ -145,7 +176,7 @@ def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | i
         weight = 1 - min(decay, (1 + n) / (10 + n))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, weight)
-        else:  # counts, as of batches in a batch norm
+        else:  # integers, such as a batch norm's number of batches
             torch._foreach_copy_(averages, values)
 
     return update

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vit_lightning.config import InputError, ModelConfig
 from vit_lightning.files import read_checkpoint
-from vit_lightning.model.vit import resize_positions
+from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import is_first
 
@@ -109,7 +109,7 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
             file=sys.stderr,
         )
     state = trained.net.state_dict()
-    first = "patch_embed.0.0.weight" if ours["patch_embed"] == "conv" else "patch_embed.weight"
+    first = next(name for name in state if name.startswith("patch_embed."))  # the weight of the first layer
     state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
         side = ours["image_size"] // ours["patch_size"]
@@ -121,19 +121,19 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
 
 
 def convert_channels(weight: Tensor, before: int, after: int) -> Tensor:
-    """The first layer's weights, for images of another number of channels.
+    """Convert the weight of a first layer to images with another number of channels.
 
-    An image whose channels are all alike, which is what gray means in colour, gives what it gave before.
+    The output for an image whose channels are equal, such as a gray image stored in colour, does not change.
 
     Args:
-        weight: (out, before · k), channel-major.
-        before: channels of the images so far.
-        after: channels of the images to come.
+        weight: (out, before · k) of a linear layer, channel-major, or (out, before, h, w) of a convolution.
+        before: number of channels so far.
+        after: new number of channels.
 
     Returns:
-        (out, after · k).
+        (out, after · k) or (out, after, h, w).
     """
     if before == after:
         return weight
-    total = weight.unflatten(1, (before, -1)).sum(dim=1, keepdim=True)  # (out, 1, k)
-    return (total / after).expand(-1, after, -1).flatten(1)
+    total = weight.flatten(1).unflatten(1, (before, -1)).sum(dim=1, keepdim=True)  # (out, 1, k)
+    return (total / after).expand(-1, after, -1).reshape(len(weight), -1, *weight.shape[2:])
