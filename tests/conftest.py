@@ -22,6 +22,7 @@ from PIL import Image
 
 from vit_lightning import cli
 from vit_lightning.config import Config, DataConfig
+from vit_lightning.schemas import SCHEMAS
 
 CONF = Path(__file__).parent.parent / "conf"
 TRAINER = dict(  # of a Trainer that writes and prints nothing
@@ -37,7 +38,7 @@ def composed(*overrides: str, name: str = "train") -> Config:
     """The configuration that a command line gives; ``name`` is the command's primary file in ``conf/``."""
     cli.register_schemas()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return cli.to_config(compose(name, list(overrides)), cli.SCHEMAS[name])
+        return cli.to_config(compose(name, list(overrides)), SCHEMAS[name])
 
 
 def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8) -> None:

@@ -17,16 +17,13 @@ from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Timer
 from torch.optim.swa_utils import AveragedModel
 
-from vit_lightning import cli
-from vit_lightning.config import (
-    BenchmarkRun,
-    Config,
-    InputError,
-    ModelConfig,
-)
+from vit_lightning import schemas
+from vit_lightning.config import Config, ModelConfig
+from vit_lightning.keys import InputError, sections
 from vit_lightning.recipe.augment import mix, resize, train_transform
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import build_optimizer, build_schedule, ema_update
+from vit_lightning.schemas import BenchmarkRun
 
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml")
@@ -149,14 +146,14 @@ def test_help_and_cfg_need_no_torch(tmp_path):
         assert "  layers: 3\n" in config.stdout
 
 
-@pytest.mark.parametrize("name", cli.SCHEMAS)
+@pytest.mark.parametrize("name", schemas.SCHEMAS)
 def test_help_lists_every_key_and_option_in_80_columns(name, tmp_path):
     result = run("--help", cwd=tmp_path, name=name)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert max(map(len, lines)) <= 80
-    schema = cli.SCHEMAS[name]
-    for section in (schema, *cli.sections(schema).values()):
+    schema = schemas.SCHEMAS[name]
+    for section in (schema, *sections(schema).values()):
         for declared in fields(section):
             if declared.metadata:
                 [line] = [line for line in lines if line.startswith(f"  {section.prefix}{declared.name}=")]
@@ -167,7 +164,7 @@ def test_help_lists_every_key_and_option_in_80_columns(name, tmp_path):
         assert choice in words or group == "space"
 
 
-SCHEMAS = [*cli.SCHEMAS.values(), *cli.sections(BenchmarkRun).values(), cli.sections(cli.SCHEMAS["search"])["search"]]
+SCHEMAS = [*schemas.SCHEMAS.values(), *sections(BenchmarkRun).values(), sections(schemas.SCHEMAS["search"])["search"]]
 KEYS = [(schema, declared) for schema in SCHEMAS for declared in fields(schema) if declared.metadata]
 
 
@@ -187,7 +184,7 @@ def test_every_key_says_what_it_means_and_refuses_what_is_out_of_range(schema, d
             schema(**{declared.name: given})
 
 
-PARTS = {name: section for name, section in cli.sections(Config).items() if name != "dashboard"}
+PARTS = {name: section for name, section in sections(Config).items() if name != "dashboard"}
 small, share = st.integers(1, 3), st.floats(0, 0.9)
 OWN = {  # values that the declarations allow, where a network is to stay small or most would not go together
     "model": dict(

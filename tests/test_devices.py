@@ -4,8 +4,9 @@ import pytest
 import torch
 from conftest import needs_compiler
 
-from vit_lightning.config import InputError, ModelConfig, TrainerConfig
+from vit_lightning.config import ModelConfig, TrainerConfig
 from vit_lightning.devices import check_accelerator, compile_network, settle_precision
+from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 
 

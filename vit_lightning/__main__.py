@@ -2,7 +2,7 @@
 
 import sys
 
-from vit_lightning.cli import key_table
+from vit_lightning.messages import key_table
 
 COMMANDS = """\
 A small Vision Transformer as a PyTorch Lightning experiment project.

@@ -1,4 +1,4 @@
-"""The configuration: every key with its type, default, range and meaning, written once.
+"""The configuration of a run: every key with its type, default, range and meaning, written once.
 
 Error messages, ``--help``, the table of keys in ``conf/README.md`` and the property tests are made from the
 declarations here. The sections are plain dataclasses: :mod:`vit_lightning.cli` builds them from ``conf/`` and the
@@ -6,89 +6,11 @@ command line, Python code builds them directly (``ModelConfig(layers=4)``). Noth
 mistake is reported at once.
 """
 
-import math
 import re
-import shlex
-import sys
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
 
-
-class InputError(ValueError):
-    """A mistake that the user can fix: one line that names the key or file, and what to do."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may contain line breaks
-
-
-class MachineError(InputError):
-    """A fault of the machine that any other configuration would meet too: a full disk, a process that died."""
-
-
-def key(
-    default: Any,
-    text: str,
-    choices: tuple[str, ...] = (),
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-) -> Any:
-    """Declare a key of the configuration.
-
-    Args:
-        default: its default value; a list is copied for every instance.
-        text: what it means, in one sentence.
-        choices: the values it may take.
-        low: smallest value, or smallest element of a list.
-        high: largest value.
-        above: a value that it must exceed.
-        below: a value that it must stay below.
-    """
-    metadata = dict(text=text, choices=choices, low=low, high=high, above=above, below=below)
-    if isinstance(default, type | list):
-        factory = default if isinstance(default, type) else lambda: list(default)
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def check_values(section: Any) -> None:
-    """Check every key of a section against its declaration.
-
-    Raises:
-        InputError: if a value is out of range or not among the choices.
-    """
-    for declared in fields(section):
-        if not declared.metadata:
-            continue  # a section of its own
-        value = getattr(section, declared.name)
-        for item in value if isinstance(value, list) else [value]:
-            problem = _problem(declared, item)
-            if problem:
-                raise InputError(f"{section.prefix}{declared.name}={value} {problem}")
-
-
-def _problem(declared: Field, value: Any) -> str | None:
-    """What is wrong with a value of a key, if anything."""
-    range_ = declared.metadata
-    if range_["choices"] and value not in range_["choices"]:
-        return f"is not known; choose one of {', '.join(range_['choices'])}"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    if not math.isfinite(value):
-        return "must be finite"
-    low, high, above, below = (range_[name] for name in ("low", "high", "above", "below"))
-    reached = (low is None or value >= low) and (above is None or value > above)
-    if reached and (high is None or value <= high) and (below is None or value < below):
-        return None
-    if low is not None and high is not None:
-        return f"must be between {low} and {high}"
-    wanted = [f"at least {low}"] if low is not None else []
-    wanted += [f"greater than {above}"] if above is not None else []
-    wanted += [f"less than {below}"] if below is not None else []
-    return f"must be {' and '.join(wanted)}"
-
+from vit_lightning.keys import InputError, check_values, key
 
 SEED = 2**32 - 1  # the largest that NumPy takes
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
@@ -340,7 +262,7 @@ class Config:
 
     def __post_init__(self) -> None:
         check_values(self)
-        _check_checkpoint(self.checkpoint)
+        check_checkpoint(self.checkpoint)
         small, model = self.optim.small_size, self.model
         if small is not None and (small % model.patch_size or small > model.image_size):
             raise InputError(
@@ -374,206 +296,14 @@ class Config:
             )
 
 
-@dataclass(slots=True)
-class BenchmarkConfig:
-    """How the speed is measured."""
+def check_checkpoint(checkpoint: str | None) -> None:
+    """Refuse an empty name.
 
-    prefix: ClassVar[str] = "benchmark."
-
-    rounds: int = key(9, "Times that each contestant is measured, in turn.", low=1)
-    steps: int = key(20, "Training steps per measurement.", low=1)
-    warmup: int = key(10, "Steps before each measurement; more than loader workers prefetch.", low=1)
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-
-@dataclass(slots=True)
-class BenchmarkRun(Config):
-    """A benchmark."""
-
-    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-
-
-@dataclass(slots=True)
-class SearchConfig:
-    """How hyper-parameters are searched."""
-
-    prefix: ClassVar[str] = "search."
-
-    study: str = key("study", "Name of the study; its trials are in outputs/search/<study>/.")
-    storage: str | None = key(None, "URL of the study's database; null for study.db next to its trials.")
-    trials: int = key(20, "Trials to finish or prune, by all processes and starts together.", low=1)
-    timeout: float | None = key(None, "Seconds after which a process starts no new trial; null for no limit.", low=0)
-    sampler: str = key("tpe", "How values are proposed.", choices=("tpe", "random"))
-    prune: bool = key(True, "End a trial whose best val/acc is below the median of the others at its epoch.")
-    startup: int = key(5, "Trials that finish before one is pruned.", low=0)
-    warmup: int = key(1, "Epochs of a trial before it may be pruned.", low=0)
-    heartbeat: int = key(60, "Seconds between a process's signs of life; without one for twice as long, another "
-                         "process takes over its trial.", low=1)  # fmt: skip
-    seed: int | None = key(None, "Seed of the sampler; null for a random one.", low=0, high=SEED)
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        if not re.fullmatch(r"[\w.-]+", self.study):
-            raise InputError(f"search.study={self.study} names a directory: use letters, digits, dots and dashes")
-
-
-@dataclass(slots=True)
-class SearchRun(Config):
-    """A search: the configuration of its runs, and the space to search."""
-
-    search: SearchConfig = field(default_factory=SearchConfig)
-    space: dict[str, Any] = key(dict, "By key: {choices: [a, b]}, or {low: 1, high: 4} with step or log: true.")
-
-    def __post_init__(self) -> None:
-        Config.__post_init__(self)
-        if self.trainer.strategy != "auto":
-            raise InputError(f"trainer.strategy={self.trainer.strategy} is for single runs; a search uses one device")
-        if not self.space:
-            raise InputError("space= is empty; choose one, as in space=recipe, or write one into conf/space/")
-        for name, domain in self.space.items():
-            group, _, rest = name.rpartition(".")
-            if not hasattr(getattr(self, group, None) if group else self, rest):
-                raise InputError(f"space: {name} is not a key of the configuration; --help lists them")
-            _check_domain(name, domain)
-
-
-def _check_domain(name: str, domain: Any) -> None:
-    """Refuse what is not a domain of a search space."""
-    kinds = "{choices: [a, b]} or {low: 1, high: 4} with step or log"
-    if not isinstance(domain, dict) or not (domain.keys() == {"choices"} or {"low", "high"} <= domain.keys()):
-        raise InputError(f"space: {name} must have {kinds}, not {domain}")
-    if "choices" in domain:
-        choices = domain["choices"]
-        if not isinstance(choices, list) or not choices:
-            raise InputError(f"space: the choices of {name} must be a list of one or more, not {choices}")
-        for choice in choices:
-            if not isinstance(choice, str | int | float | None):
-                raise InputError(
-                    f"space: {name} has the choice {choice}; choices are numbers, strings, booleans or null"
-                )
-        return
-    for extra in domain.keys() - {"low", "high", "step", "log"}:
-        raise InputError(f"space: {name} has {extra}, which is not known; use {kinds}")
-    numbers = [domain["low"], domain["high"], domain.get("step", 1)]
-    if not all(isinstance(number, int | float) and math.isfinite(number) for number in numbers) or numbers[2] <= 0:
-        raise InputError(f"space: low, high and step of {name} must be numbers, and step positive, not {domain}")
-    if not domain["low"] < domain["high"]:
-        raise InputError(f"space: low={domain['low']} of {name} must be less than high={domain['high']}")
-    if domain.get("log") and (domain["low"] <= 0 or domain.get("step")):
-        raise InputError(f"space: {name} on a log scale needs a positive low and no step")
-
-
-TRAINED = "Trained network: pretrained, a run's directory (its best checkpoint) or a file."
-TTA = "Average the probabilities of an image and its mirror image (test-time augmentation)."
-
-
-@dataclass(slots=True)
-class EvaluateConfig:
-    """An evaluation."""
-
-    prefix: ClassVar[str] = ""
-
-    checkpoint: str = key("pretrained", TRAINED)
-    data: DataConfig | None = None  # null for the images that the network was trained on
-    split: str = key("test", "The images to count.", choices=("train", "val", "test"))
-    tta: bool = key(False, TTA)
-    accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
-    debug: bool = key(False, "Show the traceback of a mistake.")
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        _check_checkpoint(self.checkpoint)
-
-
-@dataclass(slots=True)
-class PredictConfig:
-    """A prediction."""
-
-    prefix: ClassVar[str] = ""
-
-    checkpoint: str = key("pretrained", TRAINED)
-    images: Any = key(list, "Files, directories (all pictures below them) or globs: one, or a list.")
-    top: int = key(5, "Classes to report for each image.", low=1)
-    attention: bool = key(False, "Draw where the network looks in the first 24 images.")
-    tta: bool = key(False, TTA)
-    accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
-    debug: bool = key(False, "Show the traceback of a mistake.")
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        self.images = [str(item) for item in (self.images if isinstance(self.images, list) else [self.images]) if item]
-        if not self.images:
-            raise InputError("images= is empty; name files, directories or globs, as in images=photos")
-        _check_checkpoint(self.checkpoint)
-
-
-@dataclass(slots=True)
-class ExportConfig:
-    """An export."""
-
-    prefix: ClassVar[str] = ""
-
-    checkpoint: str = key("pretrained", TRAINED)
-    format: str = key("onnx", "safetensors writes the weights alone, at half precision.",
-                      choices=("onnx", "torch_export", "safetensors"))  # fmt: skip
-    data: DataConfig | None = None  # with safetensors, what the network was trained on, if its record differs
-    licence: str = key("", "With safetensors, a note on what the weights may be used for.")
-    seconds: float = key(1.0, "How long each speed is measured.", low=0)
-    debug: bool = key(False, "Show the traceback of a mistake.")
-
-    def __post_init__(self) -> None:
-        check_values(self)
-        _check_checkpoint(self.checkpoint)
-
-
-def _check_checkpoint(checkpoint: str | None) -> None:
+    Raises:
+        InputError: if it is empty.
+    """
     if checkpoint == "":
         raise InputError("checkpoint= is empty; set it to pretrained, a run's directory or a file")
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-@dataclass(frozen=True, slots=True)
-class Invocation:
-    """How a task was called: by a command line or from Python.
-
-    Attributes:
-        command: as it can be typed again.
-        overrides: settings of the command line, as in ``["model.layers=4", "seed=1"]``; ``None`` if called from Python.
-        compose: the checked configuration that other settings give; ``None`` if called from Python.
-    """
-
-    command: str
-    overrides: list[str] | None = None
-    compose: Callable[[list[str]], Any] | None = None
-
-    @property
-    def keys(self) -> set[str]:
-        """The keys and groups that the command line sets."""
-        return {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in self.overrides or ()}
-
-
-def from_python() -> Invocation:
-    """The invocation of a task that a program or notebook calls."""
-    return Invocation(shlex.join(["python", *sys.argv]))
-
-
-def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
-    flat = {}
-    for name, value in config.items():
-        flat.update(
-            {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {name: value}
-        )
-    return flat
-
-
-def sections(schema: type) -> dict[str, type]:
-    """The sections of a configuration by name: ``model``, ``data`` … and their classes."""
-    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
-    return {
-        name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
-    }

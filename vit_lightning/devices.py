@@ -16,7 +16,8 @@ try:
 except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
-from vit_lightning.config import InputError, TrainerConfig
+from vit_lightning.config import TrainerConfig
+from vit_lightning.keys import InputError
 
 
 def accelerators() -> dict[str, bool]:

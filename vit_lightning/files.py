@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
-from vit_lightning.config import InputError
+from vit_lightning.keys import InputError
 from vit_lightning.terminal import relative
 
 MARK = b"\nvit_lightning sha256 "  # then 64 hexadecimal digits

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vit_lightning.config import Invocation
+from vit_lightning.keys import Invocation
 
 LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy", "pillow", "scikit-learn")
 

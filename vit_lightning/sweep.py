@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from vit_lightning.config import InputError
+from vit_lightning.keys import InputError
 from vit_lightning.sweeps.table import show
 
 HELP = """\

@@ -13,7 +13,8 @@ from conftest import command, composed
 from vit_lightning.analysis import export as export_module
 from vit_lightning.analysis import graph
 from vit_lightning.analysis.export import export
-from vit_lightning.config import InputError, OptimConfig
+from vit_lightning.config import OptimConfig
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
 

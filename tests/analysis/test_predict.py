@@ -10,8 +10,8 @@ from conftest import command, composed
 from PIL import Image
 
 from vit_lightning.analysis.predict import predict
-from vit_lightning.config import InputError
 from vit_lightning.data.sources import load_arrays
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.weights import load_classifier
 
 

@@ -8,7 +8,9 @@ import pytest
 from conftest import composed
 
 from vit_lightning.benchmarks.benchmark import benchmark, spread, training_flops
-from vit_lightning.config import BenchmarkRun, InputError, ModelConfig
+from vit_lightning.config import ModelConfig
+from vit_lightning.keys import InputError
+from vit_lightning.schemas import BenchmarkRun
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,10 @@ from conftest import TRAINER
 from torch import nn
 from torch.utils.data import random_split
 
-from vit_lightning.config import AugmentConfig, Config, DataConfig, InputError, ModelConfig
+from vit_lightning.config import AugmentConfig, Config, DataConfig, ModelConfig
 from vit_lightning.data.module import BatchIndices, ImageData, follow_data, split_indices
 from vit_lightning.data.sources import ImageArrays
+from vit_lightning.keys import InputError
 
 
 def arrays_of(train_labels: torch.Tensor, test_labels: torch.Tensor) -> ImageArrays:

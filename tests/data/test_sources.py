@@ -23,9 +23,10 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from torchvision import datasets
 
-from vit_lightning.config import DataConfig, InputError
+from vit_lightning.config import DataConfig
 from vit_lightning.data import sources
 from vit_lightning.data.sources import channel_statistics, decode_image, load_arrays
+from vit_lightning.keys import InputError
 
 
 def test_digits_are_scikit_learns(digits_config):

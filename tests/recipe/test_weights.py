@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from vit_lightning.config import DataConfig, InputError, ModelConfig, OptimConfig
+from vit_lightning.config import DataConfig, ModelConfig, OptimConfig
 from vit_lightning.data.superclasses import SUPERCLASSES
+from vit_lightning.keys import InputError
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from

@@ -21,8 +21,8 @@ import yaml
 from conftest import command, composed, started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning.config import InputError, Invocation
 from vit_lightning.files import SealedCheckpoints, read_checkpoint, write_whole
+from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.runs import run as runs
 from vit_lightning.runs.checkpoints import newest_sound

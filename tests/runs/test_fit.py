@@ -20,8 +20,8 @@ from conftest import command, composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from vit_lightning.config import InputError
 from vit_lightning.data.module import ImageData
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.runs.dashboard import flatten
 from vit_lightning.runs.fit import train

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import command, composed
 
-from vit_lightning.config import InputError
 from vit_lightning.data.module import BatchIndices
+from vit_lightning.keys import InputError
 from vit_lightning.runs.processes import placement
 
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import started
 
-from vit_lightning.config import from_python
+from vit_lightning.keys import from_python
 from vit_lightning.provenance import provenance
 
 pytestmark = pytest.mark.slow

@@ -18,7 +18,9 @@ from hydra.core.override_parser.types import QuotedString
 from optuna.trial import TrialState
 from PIL import Image
 
-from vit_lightning.config import Config, InputError, Invocation, OptimConfig, SearchConfig, SearchRun
+from vit_lightning.config import Config, OptimConfig
+from vit_lightning.keys import InputError, Invocation
+from vit_lightning.schemas import SearchConfig, SearchRun
 from vit_lightning.sweeps import search
 from vit_lightning.sweeps.search import typed
 

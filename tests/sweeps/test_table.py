@@ -14,7 +14,7 @@ import pytest
 from conftest import command
 
 from vit_lightning.analysis.figures import draw_sweep
-from vit_lightning.config import InputError
+from vit_lightning.keys import InputError
 from vit_lightning.sweeps.table import COLUMNS, summarise
 
 

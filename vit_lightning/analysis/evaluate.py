@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.predictions import FIGURES, predict_split
-from vit_lightning.config import DataConfig, EvaluateConfig, InputError, Invocation, from_python
+from vit_lightning.config import DataConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import evaluation_device
+from vit_lightning.keys import InputError, Invocation, from_python
 from vit_lightning.provenance import provenance
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.schemas import EvaluateConfig
 from vit_lightning.terminal import print_files, print_table
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from vit_lightning.analysis.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
-from vit_lightning.config import ExportConfig, InputError, Invocation
+from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier, publish
+from vit_lightning.schemas import ExportConfig
 from vit_lightning.terminal import print_files, print_table
 
 TOLERANCE = 1e-4  # greatest difference between logits

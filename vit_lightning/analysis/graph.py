@@ -13,7 +13,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.export import Dim, ExportedProgram
 
-from vit_lightning.config import InputError
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 
 Run = Callable[[Tensor], Tensor]  # uint8 images (B, C, h, w) to logits (B, classes)

@@ -12,11 +12,12 @@ import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
 from vit_lightning.analysis.figures import draw_attention
-from vit_lightning.config import InputError, Invocation, PredictConfig
 from vit_lightning.data.sources import SUFFIXES, decode_image
 from vit_lightning.devices import evaluation_device
+from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
+from vit_lightning.schemas import PredictConfig
 from vit_lightning.terminal import print_files, print_table, with_bar
 
 BATCH = 64

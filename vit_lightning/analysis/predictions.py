@@ -15,9 +15,9 @@ from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
 from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability, shorten
-from vit_lightning.config import InputError
 from vit_lightning.data.module import ImageData
 from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import with_bar
 

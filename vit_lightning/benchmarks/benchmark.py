@@ -25,11 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from vit_lightning.analysis.figures import draw_benchmark
 from vit_lightning.benchmarks.baselines import installed
 from vit_lightning.benchmarks.contestants import OURS, PIL, TUTORIAL, measure, operator_shares, prepare, sizes
-from vit_lightning.config import BenchmarkRun, InputError, Invocation, ModelConfig, from_python
+from vit_lightning.config import ModelConfig
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import check_accelerator, quiet_lightning
+from vit_lightning.keys import InputError, Invocation, from_python
 from vit_lightning.model.vit import ViT
 from vit_lightning.provenance import provenance
+from vit_lightning.schemas import BenchmarkRun
 from vit_lightning.terminal import print_files, print_table
 
 TRAIN = [sys.executable, "-m", "vit_lightning.train"]

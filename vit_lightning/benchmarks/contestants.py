@@ -16,12 +16,12 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, library, tutorial_loader
-from vit_lightning.config import BenchmarkConfig, BenchmarkRun
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import compile_network, now, quiet_lightning, spare_memory_work
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import train_transform
 from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.schemas import BenchmarkConfig, BenchmarkRun
 
 OURS, TUTORIAL, PIL = "vit_lightning", "the tutorial's script", "PIL and torchvision, one worker"
 

@@ -11,8 +11,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from vit_lightning.config import ConfigT, DataConfig, InputError
+from vit_lightning.config import ConfigT, DataConfig
 from vit_lightning.data.sources import ImageArrays, load_arrays
+from vit_lightning.keys import InputError
 
 
 class ImageData(L.LightningDataModule):

@@ -25,7 +25,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
-from vit_lightning.config import DataConfig, InputError
+from vit_lightning.config import DataConfig
+from vit_lightning.keys import InputError
 from vit_lightning.terminal import with_bar
 
 ORIENTATION = 0x0112  # the EXIF tag

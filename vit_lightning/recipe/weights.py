@@ -10,8 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vit_lightning.config import InputError, ModelConfig
+from vit_lightning.config import ModelConfig
 from vit_lightning.files import read_checkpoint
+from vit_lightning.keys import InputError
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import is_first

@@ -12,8 +12,8 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from vit_lightning.analysis.figures import draw_curves
-from vit_lightning.config import InputError
 from vit_lightning.devices import memory, now
+from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
 from vit_lightning.terminal import relative

@@ -16,8 +16,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.tensor import DTensor
 
-from vit_lightning.config import InputError
 from vit_lightning.files import read_checkpoint, write_whole
+from vit_lightning.keys import InputError
 from vit_lightning.runs.callbacks import EpochRecorder
 from vit_lightning.terminal import is_first
 

@@ -18,8 +18,9 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, shorten
 from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
-from vit_lightning.config import Config, flatten
+from vit_lightning.config import Config
 from vit_lightning.data.module import ImageData
+from vit_lightning.keys import flatten
 from vit_lightning.recipe.augment import denormalise
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import total_norm

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities.model_summary import ModelSummary
 from matplotlib.figure import Figure
 
 from vit_lightning.analysis.figures import draw_patches
-from vit_lightning.config import Config, InputError, Invocation, MachineError, TrainerConfig, from_python
+from vit_lightning.config import Config, TrainerConfig
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import (
     check_accelerator,
@@ -33,6 +33,7 @@ from vit_lightning.devices import (
     spare_memory_work,
 )
 from vit_lightning.files import SealedCheckpoints, read_checkpoint, unwritable, write_whole
+from vit_lightning.keys import InputError, Invocation, MachineError, from_python
 from vit_lightning.provenance import hardware, provenance
 from vit_lightning.recipe.augment import denormalise, eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
-from vit_lightning.config import Config, InputError
+from vit_lightning.config import Config
+from vit_lightning.keys import InputError
 
 
 def agree_on(run_dir: Path) -> Path:

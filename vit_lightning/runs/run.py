@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from vit_lightning.config import Config, InputError, Invocation, MachineError, flatten, sections
+from vit_lightning.config import Config
 from vit_lightning.files import unwritable
+from vit_lightning.keys import InputError, Invocation, MachineError, flatten, sections
 from vit_lightning.runs.checkpoints import newest_sound
 from vit_lightning.terminal import is_first, relative
 

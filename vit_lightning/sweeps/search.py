@@ -14,8 +14,10 @@ import numpy as np
 from filelock import FileLock
 from matplotlib.axes import Axes
 
-from vit_lightning.config import Config, InputError, Invocation, MachineError, SearchConfig, SearchRun
+from vit_lightning.config import Config
+from vit_lightning.keys import InputError, Invocation, MachineError
 from vit_lightning.runs.fit import train
+from vit_lightning.schemas import SearchConfig, SearchRun
 from vit_lightning.terminal import print_files, print_table
 
 try:

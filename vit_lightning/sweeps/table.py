@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.figures import draw_sweep
-from vit_lightning.config import InputError
+from vit_lightning.keys import InputError
 from vit_lightning.terminal import print_files, print_table, relative
 
 COLUMNS = ("runs", "val/acc", "val/acc ±", "accuracies", "val/acc5", "samples", "seconds", "images/s", "parameters")

@@ -1,0 +1,127 @@
+"""How a key of the configuration is declared and checked, the errors that a user sees, and how a task was called."""
+
+import math
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from dataclasses import Field, dataclass, field, fields, is_dataclass
+from typing import Any, get_args
+
+
+class InputError(ValueError):
+    """A mistake that the user can fix: one line that names the key or file, and what to do."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may contain line breaks
+
+
+class MachineError(InputError):
+    """A fault of the machine that any other configuration would meet too: a full disk, a process that died."""
+
+
+def key(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """Declare a key of the configuration.
+
+    Args:
+        default: its default value; a list is copied for every instance.
+        text: what it means, in one sentence.
+        choices: the values it may take.
+        low: smallest value, or smallest element of a list.
+        high: largest value.
+        above: a value that it must exceed.
+        below: a value that it must stay below.
+    """
+    metadata = dict(text=text, choices=choices, low=low, high=high, above=above, below=below)
+    if isinstance(default, type | list):
+        factory = default if isinstance(default, type) else lambda: list(default)
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def check_values(section: Any) -> None:
+    """Check every key of a section against its declaration.
+
+    Raises:
+        InputError: if a value is out of range or not among the choices.
+    """
+    for declared in fields(section):
+        if not declared.metadata:
+            continue  # a section of its own
+        value = getattr(section, declared.name)
+        for item in value if isinstance(value, list) else [value]:
+            problem = _problem(declared, item)
+            if problem:
+                raise InputError(f"{section.prefix}{declared.name}={value} {problem}")
+
+
+def _problem(declared: Field, value: Any) -> str | None:
+    """What is wrong with a value of a key, if anything."""
+    range_ = declared.metadata
+    if range_["choices"] and value not in range_["choices"]:
+        return f"is not known; choose one of {', '.join(range_['choices'])}"
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    if not math.isfinite(value):
+        return "must be finite"
+    low, high, above, below = (range_[name] for name in ("low", "high", "above", "below"))
+    reached = (low is None or value >= low) and (above is None or value > above)
+    if reached and (high is None or value <= high) and (below is None or value < below):
+        return None
+    if low is not None and high is not None:
+        return f"must be between {low} and {high}"
+    wanted = [f"at least {low}"] if low is not None else []
+    wanted += [f"greater than {above}"] if above is not None else []
+    wanted += [f"less than {below}"] if below is not None else []
+    return f"must be {' and '.join(wanted)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """How a task was called: by a command line or from Python.
+
+    Attributes:
+        command: as it can be typed again.
+        overrides: settings of the command line, as in ``["model.layers=4", "seed=1"]``; ``None`` if called from Python.
+        compose: the checked configuration that other settings give; ``None`` if called from Python.
+    """
+
+    command: str
+    overrides: list[str] | None = None
+    compose: Callable[[list[str]], Any] | None = None
+
+    @property
+    def keys(self) -> set[str]:
+        """The keys and groups that the command line sets."""
+        return {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in self.overrides or ()}
+
+
+def from_python() -> Invocation:
+    """The invocation of a task that a program or notebook calls."""
+    return Invocation(shlex.join(["python", *sys.argv]))
+
+
+def flatten(config: dict[str, Any]) -> dict[str, Any]:
+    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
+    flat = {}
+    for name, value in config.items():
+        flat.update(
+            {f"{name}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return flat
+
+
+def sections(schema: type) -> dict[str, type]:
+    """The sections of a configuration by name: ``model``, ``data`` … and their classes."""
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
+    return {
+        name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
+    }
