@@ -1,6 +1,7 @@
-"""Trained networks: opened from what a run leaves, published as safetensors, and started from."""
+"""Trained networks: opened from a run, published as safetensors, and used to start another run."""
 
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vit_lightning.data.superclasses import SUPERCLASSES
 from vit_lightning.keys import InputError
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
-from vit_lightning.recipe.weights import PRETRAINED, SHAPE, convert_channels, load_classifier, publish, start_from
+from vit_lightning.recipe.weights import MAY_DIFFER, PRETRAINED, convert_channels, load_classifier, publish, start_from
 from vit_lightning.runs.fit import train
 
 CLASSES = sorted(name for names in SUPERCLASSES.values() for name in names)
@@ -37,16 +38,20 @@ def classifier(seed: int = 0, classes: str = "abcd", **model) -> ViTClassifier:
     return module.eval()
 
 
+def write_run(module: ViTClassifier, path: Path) -> None:
+    trainer = L.Trainer(**TRAINER)
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A directory with a classifier as a run leaves it."""
-    trainer = L.Trainer(**TRAINER)
-    trainer.strategy.connect(classifier())
-    trainer.save_checkpoint(tmp_path / "run" / "checkpoints" / "best.ckpt")
+    """The directory of a run with a trained classifier."""
+    write_run(classifier(), tmp_path / "run" / "checkpoints" / "best.ckpt")
     return tmp_path / "run"
 
 
-def test_a_run_its_checkpoint_and_its_published_weights_are_one_classifier(run, tmp_path):
+def test_a_run_its_checkpoint_and_its_published_weights_give_the_same_classifier(run, tmp_path):
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
     expected = classifier()(images)
     for checkpoint in (run, run / "checkpoints" / "best.ckpt"):
@@ -63,7 +68,7 @@ def test_a_run_its_checkpoint_and_its_published_weights_are_one_classifier(run, 
     torch.testing.assert_close(loaded(images), expected, rtol=1e-2, atol=1e-2)
 
 
-def test_a_published_file_tells_what_it_is(tmp_path):
+def test_a_published_file_describes_itself(tmp_path):
     publish(classifier(), {"seed": 3, "metrics": {"val/acc": 0.5}}, "as you like", tmp_path / "weights.safetensors")
     with safe_open(tmp_path / "weights.safetensors", framework="pt") as file:
         metadata = file.metadata()
@@ -72,7 +77,7 @@ def test_a_published_file_tells_what_it_is(tmp_path):
     assert json.loads(metadata["hparams"])["model"]["layers"] == 2
 
 
-def test_the_published_network_is_what_it_says():
+def test_the_pretrained_network_is_as_described():
     assert PRETRAINED.stat().st_size <= 10e6
     trained = load_classifier("pretrained")
     assert trained.hparams["class_names"] == CLASSES
@@ -86,8 +91,8 @@ def test_the_published_network_is_what_it_says():
     assert metadata["licence"]
 
 
-def test_the_published_network_knows_a_flower():
-    """A photograph that is not of CIFAR-100."""
+def test_the_pretrained_network_recognises_a_flower():
+    """On a photograph that is not in CIFAR-100."""
     from sklearn.datasets import load_sample_image
 
     trained = load_classifier("pretrained")
@@ -105,14 +110,14 @@ def damaged(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("none", "no file"),
-        ("empty", "no file"),
+        ("none", "does not exist"),
+        ("empty", "does not exist"),
         ("bad.ckpt", "is damaged, or no checkpoint"),
-        ("bad.safetensors", "holds no"),
-        ("no-json.safetensors", r"holds no classifier of this project \(Expecting property name"),
+        ("bad.safetensors", "contains no classifier"),
+        ("no-json.safetensors", r"contains no classifier of this project \(Expecting property name"),
     ],
 )
-def test_what_is_no_checkpoint_is_said(tmp_path, name, message):
+def test_an_invalid_checkpoint_is_an_error_of_one_line(tmp_path, name, message):
     (tmp_path / "empty").mkdir()
     damaged(tmp_path / "bad.ckpt")
     damaged(tmp_path / "bad.safetensors")
@@ -122,7 +127,44 @@ def test_what_is_no_checkpoint_is_said(tmp_path, name, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_same_classes_keep_the_head(run):
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+@pytest.mark.parametrize(
+    ("value", "classes", "message"),
+    [
+        (math.nan, "abcd", "contains weights that are NaN or infinite"),
+        (math.inf, "abcd", "contains weights that are NaN or infinite"),
+        (0.0, "abc", "has 3 class names for a network of 4 classes"),
+    ],
+)
+def test_invalid_weights_or_class_names_are_an_error(tmp_path, suffix, value, classes, message):
+    module, path = classifier(), tmp_path / f"bad.{suffix}"
+    module.hparams["class_names"] = list(classes)
+    with torch.no_grad():
+        module.net.blocks[1].mlp[0].weight[3, 2] = value
+    if suffix == "safetensors":
+        publish(module, {}, "", path)
+    else:
+        write_run(module, path)
+    with pytest.raises(InputError, match=rf"checkpoint=.*bad\.{suffix}: .*bad\.{suffix} {message}"):
+        load_classifier(str(path))
+
+
+def test_publishing_keeps_the_previous_file_if_it_fails(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    publish(classifier(), {"seed": 1}, "", path)
+    before = path.read_bytes()
+
+    def full_disk(file: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        publish(classifier(), {"seed": 2}, "", path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_start_with_the_same_classes_copies_the_head(run):
     other = classifier(seed=1)
     start_from(other, str(run))
     images = torch.randint(256, (5, 3, 8, 8), dtype=torch.uint8)
@@ -130,19 +172,19 @@ def test_the_same_classes_keep_the_head(run):
 
 
 @pytest.mark.parametrize(("split", "seen"), [("blog", True), ("standard", False)])
-def test_a_start_that_has_seen_the_validation_images_is_said(tmp_path, capsys, split, seen):
+def test_start_from_a_network_that_has_seen_validation_images_warns(tmp_path, capsys, split, seen):
     trained, other = classifier(), classifier(seed=1)
     trained.hparams["data"] = asdict(DataConfig(split=split))
     other.hparams["data"] = asdict(DataConfig(split="standard"))
     publish(trained, {}, "", tmp_path / "trained.safetensors")
     start_from(other, str(tmp_path / "trained.safetensors"))
     err = capsys.readouterr().err
-    assert ("trained with data.split=blog data.val_fraction=0.1 data.split_seed=42; if its images" in err) == seen
+    assert ("trained with data.split=blog data.val_fraction=0.1 data.split_seed=42; if the images" in err) == seen
     assert bool(err) == seen
 
 
 @pytest.mark.parametrize("classes", ["abc", "abce"])
-def test_other_classes_get_a_new_head_on_the_same_network(run, classes):
+def test_start_with_other_classes_keeps_the_new_head(run, classes):
     other = classifier(seed=1, classes=classes)
     head = other.net.head[-1].weight.clone()
     start_from(other, str(run))
@@ -153,7 +195,7 @@ def test_other_classes_get_a_new_head_on_the_same_network(run, classes):
             assert torch.equal(value, trained[name]), name
 
 
-def test_a_larger_image_starts_from_a_smaller_ones_network(run):
+def test_start_with_larger_images_resizes_the_positions(run):
     larger = classifier(seed=1, image_size=12)
     start_from(larger, str(run))
     assert torch.equal(larger.net.pos_embed, resize_positions(classifier().net.pos_embed, 6, first=1))
@@ -161,8 +203,8 @@ def test_a_larger_image_starts_from_a_smaller_ones_network(run):
 
 @pytest.mark.parametrize("patch_embed", ["conv", "unfold"])
 @pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3)])
-def test_colour_goes_on_with_gray_and_gray_with_colour(tmp_path, patch_embed, before, after):
-    """A gray image is a colour image of three channels that are alike, and has the same logits as such."""
+def test_start_converts_between_colour_and_gray(tmp_path, patch_embed, before, after):
+    """A gray image has the same logits as a colour image with three equal channels."""
     trained = classifier(patch_embed=patch_embed, channels=before)
     publish(trained, {}, "", tmp_path / "trained.safetensors")
     other = classifier(seed=1, patch_embed=patch_embed, channels=after)
@@ -172,7 +214,7 @@ def test_colour_goes_on_with_gray_and_gray_with_colour(tmp_path, patch_embed, be
     torch.testing.assert_close(other(gray.expand(-1, after, -1, -1)), logits, rtol=1e-2, atol=1e-2)
 
 
-def test_as_many_channels_are_the_same_weights():
+def test_channels_are_converted_only_if_their_number_differs():
     weight = torch.randn(4, 27)
     assert convert_channels(weight, 3, 3) is weight
     with pytest.raises(RuntimeError):
@@ -182,24 +224,27 @@ def test_as_many_channels_are_the_same_weights():
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        ({"layers": 3}, "has model.layers=2, this run 3; set model.layers=2"),
-        ({"embed_dim": 16}, "has model.embed_dim=8, this run 16; set model.embed_dim=8"),
-        ({"patch_embed": "unfold"}, "has model.patch_embed=conv, this run unfold; set model.patch_embed=conv"),
+        ({"layers": 3}, "has model.layers=2, but this run has model.layers=3; set model.layers=2"),
+        ({"embed_dim": 16}, "has model.embed_dim=8, but this run has model.embed_dim=16; set model.embed_dim=8"),
+        (
+            {"patch_embed": "unfold"},
+            "has model.patch_embed=conv, but this run has model.patch_embed=unfold; set model.patch_embed=conv",
+        ),
     ],
 )
-def test_another_shape_is_refused_by_its_key(run, model, message):
+def test_start_from_another_architecture_is_an_error(run, model, message):
     with pytest.raises(InputError, match=message):
         start_from(classifier(**model), str(run))
 
 
-def test_the_fine_tuning_preset_fits_the_published_network():
+def test_the_finetune_preset_fits_the_pretrained_network():
     ours = composed("experiment=finetune").model
     trained = ModelConfig(**load_classifier("pretrained").hparams["model"])
-    assert all(getattr(ours, key) == getattr(trained, key) for key in SHAPE)
+    assert all(value == getattr(trained, key) for key, value in asdict(ours).items() if key not in MAY_DIFFER)
 
 
-def test_fine_tuning_goes_on_from_what_was_learned(tmp_path):
-    """A folder of two classes that differ in colour; its network then meets them under other names."""
+def test_finetuning_starts_with_the_trained_accuracy(tmp_path):
+    """Two classes of images that differ in colour; the second run learns nothing more."""
     write_folder(tmp_path / "images", {"ant": (40, 20), "bee": (40, 20)})
     for image in (tmp_path / "images").glob("*/bee/*.png"):
         Image.new("RGB", (8, 8), (200, 30, 30)).save(image)
@@ -213,4 +258,4 @@ def test_fine_tuning_goes_on_from_what_was_learned(tmp_path):
     train(composed(*common, "trainer.max_epochs=4", "optim.lr=0.01"), tmp_path / "first")
     start = f"checkpoint={tmp_path / 'first'}"
     accuracy = train(composed(*common, start, "trainer.max_epochs=1", "optim.lr=0"), tmp_path / "second")
-    assert accuracy == 1.0  # with nothing learned since
+    assert accuracy == 1.0

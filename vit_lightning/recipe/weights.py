@@ -1,4 +1,4 @@
-"""Trained networks: how they are found, opened and published, and how another network starts from one."""
+"""Trained networks: opening them, publishing them, and starting another network from one."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.files import read_checkpoint
+from vit_lightning.files import read_checkpoint, write_whole
 from vit_lightning.keys import InputError
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
@@ -19,35 +19,37 @@ from vit_lightning.terminal import is_first
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained.safetensors"
 
-# What two networks must share for the weights of one to fit the other; channels, positions and head are made to fit.
-SHAPE = (
-    *("block", "patch_embed", "patch_size", "stem_depth", "stem_se", "position", "pool", "registers"),
-    *("embed_dim", "layers", "heads", "mlp_dim", "layer_scale"),
-)
+# The keys of ModelConfig that may differ between a network and the one it starts from.
+MAY_DIFFER = {
+    *("image_size", "channels", "num_classes", "mlp_head_units"),  # converted
+    *("zero_init", "dropout", "drop_path", "head_dropout"),  # not part of a trained network
+}
 
 
 def load_classifier(checkpoint: str) -> ViTClassifier:
     """Open a trained classifier, in evaluation mode, on the CPU.
 
     Args:
-        checkpoint: ``pretrained`` (the network in this package), the directory of a run (its best checkpoint), or a
-            file: a ``.ckpt`` that a run left or a ``.safetensors`` of :func:`publish`.
+        checkpoint: ``pretrained`` (the network in this package), a run's directory (its best checkpoint), or a file: a
+            ``.ckpt`` of a run or a ``.safetensors`` of :func:`publish`.
 
     Raises:
-        InputError: if there is no such file, or it holds no classifier of this project.
+        InputError: if the file does not exist, or contains no valid classifier of this project.
     """
     path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
     if not path.exists():
-        raise InputError(f"checkpoint={checkpoint}: no file {path}; name a run's directory, a .ckpt or pretrained")
+        raise InputError(
+            f"checkpoint={checkpoint}: {path} does not exist; name a run's directory, a file or pretrained"
+        )
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 hparams = json.loads(file.metadata()["hparams"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
             classifier = ViTClassifier(**hparams)
-            classifier.net.load_state_dict(state)  # copies into float32
+            classifier.net.load_state_dict(state)  # converts to float32
         else:
             saved = read_checkpoint(path)
             classifier = ViTClassifier(**saved["hyper_parameters"])
@@ -56,69 +58,80 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
         raise InputError(f"checkpoint={checkpoint}: {error}") from error
     except (SafetensorError, LookupError, TypeError, ValueError, RuntimeError, OSError, EOFError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise InputError(f"checkpoint={checkpoint}: {path} holds no classifier of this project ({reason})") from error
+        raise InputError(
+            f"checkpoint={checkpoint}: {path} contains no classifier of this project ({reason})"
+        ) from error
+    names, classes = len(classifier.hparams["class_names"]), classifier.hparams["model"]["num_classes"]
+    if names != classes:
+        raise InputError(f"checkpoint={checkpoint}: {path} has {names} class names for a network of {classes} classes")
+    if not all(value.isfinite().all() for value in classifier.net.state_dict().values()):
+        raise InputError(f"checkpoint={checkpoint}: {path} contains weights that are NaN or infinite")
     return classifier.eval()
 
 
 def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, path: Path) -> None:
-    """Write a classifier's weights at half precision, with what describes them, into one safetensors file.
+    """Write a classifier to one safetensors file, at half precision.
 
     Args:
-        classifier: its hyper-parameters (network, class names, normalisation) go along.
+        classifier: the classifier; its hyper-parameters (network, class names, normalisation) are included.
         record: the training run's ``summary.json``.
         licence: a note on what the weights may be used for.
-        path: the file.
+        path: the file, which is replaced atomically.
     """
     state = {
         name: (value.half() if value.is_floating_point() else value).contiguous()
         for name, value in classifier.net.state_dict().items()
     }
     hparams = json.dumps(dict(classifier.hparams))
-    path.write_bytes(save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
+    write_whole(path, save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
 
 
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
-    """Give a classifier the weights of a trained one, and its head too where their classes are the same.
+    """Copy the weights of a trained classifier into another, including the head if their classes are the same.
 
-    Learned positions are resized to the network's tokens, as in Dosovitskiy et al., 2021
-    (https://arxiv.org/abs/2010.11929, section 3.2), and a network of colour images takes gray ones, or the reverse.
+    Learned positions are resized to the other network's tokens, as in Dosovitskiy et al., 2021
+    (https://arxiv.org/abs/2010.11929, section 3.2), and the first layer is converted between colour and gray images.
 
     Args:
-        classifier: the one to fill.
-        checkpoint: as :func:`load_classifier` takes it.
+        classifier: the classifier to initialise.
+        checkpoint: as for :func:`load_classifier`.
 
     Raises:
-        InputError: if the two networks are of different shapes.
+        InputError: if the architectures of the two networks differ.
     """
     trained = load_classifier(checkpoint)
     theirs, ours = (asdict(ModelConfig(**network.hparams["model"])) for network in (trained, classifier))
-    for key in SHAPE:
-        if theirs[key] != ours[key]:
+    for key, value in theirs.items():
+        if key not in MAY_DIFFER and value != ours[key]:
             raise InputError(
-                f"checkpoint={checkpoint} has model.{key}={theirs[key]}, this run {ours[key]}; "
-                f"set model.{key}={theirs[key]}"
+                f"checkpoint={checkpoint} has model.{key}={value}, but this run has model.{key}={ours[key]}; "
+                f"set model.{key}={value}"
             )
     same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
-    its, own = trained.hparams["data"], classifier.hparams["data"]
-    split = ("split", "val_fraction", "split_seed")
-    seen = its and own and own["split"] == "standard" and any(its[key] != own[key] for key in split)
-    if same_classes and seen and is_first():
-        setting = " ".join(f"data.{key}={its[key]}" for key in split)
-        print(
-            f"checkpoint={checkpoint} was trained with {setting}; if its images are these, it has seen some that now "
-            "validate, whose accuracy will look too good; the same settings here would leave them alone",
-            file=sys.stderr,
-        )
+    if same_classes and is_first():
+        warn_of_seen_images(checkpoint, trained.hparams["data"], classifier.hparams["data"])
     state = trained.net.state_dict()
     first = next(name for name in state if name.startswith("patch_embed."))  # the weight of the first layer
     state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
-        side = ours["image_size"] // ours["patch_size"]
-        state["pos_embed"] = resize_positions(state["pos_embed"], side, first=int(ours["pool"] == "cls"))
+        state["pos_embed"] = resize_positions(state["pos_embed"], classifier.net.side, classifier.net.first)
     if not same_classes or theirs["mlp_head_units"] != ours["mlp_head_units"]:
         new = classifier.net.state_dict()
         state = {name: (new if name.startswith("head.") else state)[name] for name in new}
     classifier.net.load_state_dict(state)
+
+
+def warn_of_seen_images(checkpoint: str, theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
+    """Print a warning if images that are held out of the training images were split differently before."""
+    keys = ("split", "val_fraction", "split_seed")
+    if not theirs or not ours or ours["split"] != "standard" or all(theirs[key] == ours[key] for key in keys):
+        return
+    setting = " ".join(f"data.{key}={theirs[key]}" for key in keys)
+    print(
+        f"checkpoint={checkpoint} was trained with {setting}; if the images are the same, it has seen some of this "
+        "run's validation images, and their accuracy will be too high; use the same settings to avoid this",
+        file=sys.stderr,
+    )
 
 
 def convert_channels(weight: Tensor, before: int, after: int) -> Tensor:
