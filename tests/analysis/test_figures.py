@@ -1,4 +1,4 @@
-"""Pictures: what is in the files, not how pretty it is."""
+"""The figures: what their files show."""
 
 import math
 
@@ -6,7 +6,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vit_lightning.analysis.figures import draw_benchmark, draw_confusion, draw_curves, draw_patches
+from vit_lightning.analysis.figures import (
+    draw_attention,
+    draw_benchmark,
+    draw_confusion,
+    draw_curves,
+    draw_images,
+    draw_patches,
+    draw_position_similarity,
+    draw_reliability,
+    draw_sweep,
+    shorten,
+)
 
 
 def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:
@@ -75,3 +86,52 @@ def test_patches_keep_every_colour(tmp_path, channels):
     draw_patches(image, 4, "checkers").savefig(tmp_path / "patches.png")
     for value in colours:
         assert has_colour(tmp_path / "patches.png", (round(255 * value),) * 3)
+
+
+def test_attention_is_drawn_smoothly_where_it_is_high(tmp_path):
+    """A white image stays white where attention is low, and fades into a colour around its maximum."""
+    maps = np.zeros((1, 1, 8, 8))
+    maps[0, 0, 4, 4] = 0.3
+    figure = draw_attention(np.ones((1, 64, 64, 1)), maps, ["head 1"], ["7"])
+    figure.savefig(tmp_path / "attention.png")
+    picture = np.asarray(Image.open(tmp_path / "attention.png").convert("RGB")).astype(int)
+    box = figure.axes[0].transData.transform([(1.1, 0.9), (1.9, 0.1)])
+    (left, bottom), (right, top) = box.astype(int)
+    square = picture[-top:-bottom, left:right]
+    assert (square[:20, :20] > 240).all()
+    assert len(np.unique(square.reshape(-1, 3), axis=0)) > 50
+    assert len(figure.axes) == 2  # the map and its colour scale
+
+
+def test_bars_of_few_images_are_faded():
+    counts = np.array([3, 40, 0])
+    figure = draw_reliability(counts, np.array([0.5, 0.4, 0.0]), "Reliability")
+    faded = {round(bar.get_x(), 2): bar.get_alpha() for bar in figure.axes[0].patches}
+    assert faded[0.0] < 0.5
+    assert faded[0.33] == 1
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "accuracy, fewer than 10 images" in labels
+
+
+def test_every_figure_has_a_title():
+    image, similarity = np.ones((1, 8, 8, 1)), np.ones((2, 2, 2, 2))
+    row = {"setting": "a=1", "accuracies": [0.5], "val/acc": 0.5, "val/acc ±": None}
+    figures = {
+        "Loss": draw_curves(rows(2)),
+        "Validation": draw_sweep([row]),
+        "Attention": draw_attention(image, np.ones((1, 1, 2, 2)), ["head 1"], ["7"]),
+        "Similarity": draw_position_similarity(similarity),
+        "own": draw_curves(rows(2), title="own"),
+        "images": draw_images(image, ["7"], title="images"),
+    }
+    for title, figure in figures.items():
+        assert figure.get_suptitle().startswith(title)
+    legend = [text.get_text() for text in figures["Loss"].axes[0].get_legend().get_texts()]
+    assert legend == ["training (augmented)", "validation"]
+
+
+def test_long_text_is_shortened_to_one_printable_line():
+    assert shorten("a\tb\n c") == "a b c"
+    assert shorten("x" * 31) == "x" * 29 + "…"
+    assert shorten("x" * 30) == "x" * 30
+    assert shorten("\udcff") == "\ufffd"

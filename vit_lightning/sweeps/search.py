@@ -187,6 +187,7 @@ def draw(plot: Callable[..., Axes], study: optuna.Study, title: str, path: Path)
     with plt.rc_context():
         plt.switch_backend("Agg")  # opens no window
         axes = plot(study, target_name="validation top-1")
+        axes.set_title("")  # Optuna's own
         axes.set_title(title, loc="left")
         plt.savefig(path, dpi=100, bbox_inches="tight")
         plt.close()
