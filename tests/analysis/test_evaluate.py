@@ -59,8 +59,8 @@ def test_another_split_and_test_time_augmentation(digits_run, tmp_path, monkeypa
     assert with_tta["tta"] is True
 
 
-def test_a_folder_with_the_same_classes_will_do_whatever_their_number_and_size(tmp_path):
-    """What is counted follows the classes' names: a folder without the first class numbers the others anew.
+def test_a_folder_with_the_same_classes_works_whatever_their_number_and_size(tmp_path):
+    """Classes are matched by name: in a folder without the first class, the others have different numbers.
 
     All of its test images count, as the network's own do, though data=image_folder alone would mean the blog's split.
     """

@@ -182,7 +182,7 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
         for column in ("optim.lr", "best/acc", "best/acc5", "best/parameters", "best/seconds", "best/test_acc"):
             expect(page.locator("vaadin-grid").get_by_text(column, exact=True).first).to_be_attached()
         expect(page.get_by_text("hp_metric")).to_have_count(0)
-        for value in ("0.0625", "0.0030000", "0.0078125"):  # the rates of both runs, and what the other one came to
+        for value in ("0.0625", "0.0030000", "0.0078125"):  # the rates of both runs, and the other one's accuracy
             expect(page.locator("vaadin-grid").get_by_text(value).first).to_be_visible()
         best = json.loads((digits_run / "summary.json").read_text())["metrics"]["val/acc"]
         expect(page.get_by_text(f"{best:.4f}"[:5]).first).to_be_visible()

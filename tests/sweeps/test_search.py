@@ -1,6 +1,7 @@
 """The search command: complete and killed studies on the digits, and invalid spaces."""
 
 import contextlib
+import importlib
 import json
 import shlex
 import socket
@@ -211,6 +212,13 @@ def test_typed_values_are_read_back_by_hydra(value):
     read = read.text if isinstance(read, QuotedString) else read
     assert type(read) is type(value)
     assert read == value
+
+
+def test_a_missing_optuna_is_one_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "vit_lightning.sweeps.search")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(InputError, match=r"vit_lightning\.search needs optuna: pip install -e"):
+        importlib.import_module("vit_lightning.sweeps.search")
 
 
 def test_plain_values_are_typed_without_quotes():
