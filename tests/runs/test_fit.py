@@ -128,7 +128,7 @@ def test_the_summary_tells_where_its_numbers_come_from(digits):
     assert summary["parameters"] == sum(p.numel() for p in net.parameters())
     assert summary["train/images_per_second"] > 0
     with (run / "metrics.csv").open() as file:
-        best = max(csv.DictReader(file), key=lambda row: float(row["val/acc"]))
+        best = max(csv.DictReader(file), key=lambda row: (float(row["val/acc"]), -float(row["val/loss"])))
     assert summary["best_epoch"] == int(best["epoch"])
     for key in ("train/loss", "train/acc5", "val/loss", "val/acc", "val/acc5"):
         assert summary["metrics"][key] == pytest.approx(float(best[key]))

@@ -16,6 +16,8 @@ from vit_lightning.data.module import BatchIndices
 from vit_lightning.keys import InputError
 from vit_lightning.runs.processes import placement
 
+pytestmark = pytest.mark.slow
+
 TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.layers=2", "model.mlp_head_units=[16]"]
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_epochs=3", "data.batch_size=64"]
 
@@ -104,8 +106,6 @@ def test_every_image_counts_once(runs, name):
 KILLED = """
 import os, runpy
 from vit_lightning.runs.checkpoints import Saver
-
-pytestmark = pytest.mark.slow
 save = Saver._save
 def save_and_die(self, trainer, module, best=False):
     save(self, trainer, module, best)
