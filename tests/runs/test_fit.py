@@ -210,7 +210,7 @@ def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
     run, _ = trained(*arguments, "data.batch_size=8", cwd=tmp_path)
     summary = summary_of(run)
     assert summary["config"]["model"]["num_classes"] == 2
-    assert summary["images"] == {"train": 4 * 8, "val": 14, "test": 6}
+    assert summary["images"] == {"train": 4 * 8, "val": 8, "test": 20}
     assert summary["samples_seen"] == 2 * 4 * 8
     module = ViTClassifier.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert module.hparams["class_names"] == ["cat", "dog"]
@@ -385,7 +385,7 @@ def test_a_signal_during_the_test_says_so_too(start, number, code):
         (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
         (["data=digits", "trainer.limit_val_batches=0.1"], "trainer.limit_val_batches=0.1 of 1 batches is none"),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
-        (["data=image_folder", "data.root=nowhere"], "data.root=nowhere is not a directory"),
+        (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
     ],
 )
 def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arguments, message):
@@ -506,7 +506,7 @@ def test_a_run_goes_on_with_more_of_what_ended_it(start, limits, refused, more):
     ("arguments", "message"),
     [
         (["resume={run}"], "came to its end"),
-        (["resume=nowhere"], "resume=nowhere does not exist"),
+        (["resume=nowhere"], "resume=nowhere holds no run"),
         (["resume={run}", "optim.lr=1"], "leave optim.lr out"),
     ],
 )
