@@ -112,7 +112,10 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
     program = ["python", "-m", f"vit_lightning.{name}"]
     if settings.mode is RunMode.MULTIRUN:
         if isinstance(config, Config) and config.trainer.strategy != "auto":
-            raise InputError(f"trainer.strategy={config.trainer.strategy} is for single runs; a sweep uses one device")
+            with contextlib.suppress(OSError):
+                run_dir.rmdir()
+            # Every job would fail of it: this ends the sweep.
+            sys.exit(f"error: trainer.strategy={config.trainer.strategy} is for single runs; a sweep uses one device")
         command = shlex.join([*program, *overrides])
     else:
         command = shlex.join([*program, *sys.argv[1:]])
