@@ -60,10 +60,10 @@ def run_command(name: str, task: str, text: str | None) -> None:
             hint = hint_for(option.lstrip("-").replace("-", "_"), schema)
             sys.exit(f"error: {option} is not an option; settings are written key=value{hint or ', as in seed=1'}")
     register_schemas()
-    started = False
+    started, failed = False, 0
 
     def job(cfg: DictConfig) -> float:
-        nonlocal started
+        nonlocal started, failed
         started = True
         sys.argv[1:] = typed
         settings = HydraConfig.get()
@@ -73,6 +73,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
         except Exception as error:
             mistake = isinstance(error, MISTAKES)
             if settings.mode is RunMode.MULTIRUN:
+                failed += 1
                 message = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
                 print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
                 with contextlib.suppress(OSError):  # a directory that cannot be written
@@ -98,6 +99,8 @@ def run_command(name: str, task: str, text: str | None) -> None:
         sys.exit(one_line(error, schema))
     finally:
         sys.argv[1:] = typed
+    if failed:  # without error.txt, of which SweepEnd would have known
+        sys.exit(f"error: {failed} of the sweep's jobs failed")
 
 
 def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:

@@ -108,3 +108,13 @@ def test_a_mistake_is_one_line(digits_run, arguments, message):
     [line] = result.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line
+
+
+def test_a_failed_job_of_a_sweep_fails_it(digits_run):
+    result = command(
+        "evaluate", "-m", "checkpoint=run", "split=val,half", "hydra.sweep.dir=splits", cwd=digits_run.parent
+    )
+    assert result.returncode == 1
+    assert "split=half is not known; choose one of train, val, test" in result.stderr
+    assert "1 of the sweep's jobs failed" in result.stderr
+    assert json.loads((digits_run.parent / "splits" / "0" / "evaluation.json").read_text())["split"] == "val"
