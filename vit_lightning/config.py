@@ -152,8 +152,9 @@ class OptimConfig:
     weight_decay: float = key(1e-4, "Decoupled weight decay.", low=0)
     betas: list[float] = key([0.9, 0.999], "AdamW's two averaging coefficients.", low=0, below=1)
     decay_all: bool = key(False, "Decay norms, biases, tokens and positions too.")
-    schedule: str = key("constant", "Shape of the learning rate after the warm-up; cosine and linear end at zero.",
+    schedule: str = key("constant", "Shape of the learning rate after the warm-up; cosine and linear end at min_lr.",
                         choices=("constant", "cosine", "linear"))  # fmt: skip
+    min_lr: float = key(0.0, "What cosine and linear end at, as a share of the peak learning rate.", low=0, high=1)
     warmup: float = key(0.0, "Share of the run in which the learning rate rises from zero.", low=0, below=1)
     clock: str = key("steps", "What the schedule follows; time ends it at trainer.max_time on any machine.",
                      choices=("steps", "time"))  # fmt: skip

@@ -208,22 +208,23 @@ def test_constant_schedule():
     assert rates(OptimConfig(lr=0.5), 7) == [0.5] * 7
 
 
+@pytest.mark.parametrize("end", [0.0, 0.1])
 @pytest.mark.parametrize(
     ("schedule", "torchs"),
     [
-        ("cosine", lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=20)),
-        ("linear", lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=20)),
+        ("cosine", lambda optimizer, end: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20, eta_min=0.5 * end)),
+        ("linear", lambda optimizer, end: torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, end, total_iters=20)),
     ],
 )
-def test_schedules_equal_torch(schedule, torchs):
+def test_schedules_equal_torch(schedule, torchs, end):
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5)
-    theirs = torchs(optimizer)
+    theirs = torchs(optimizer, end)
     expected = []
     for _ in range(20):
         expected.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         theirs.step()
-    assert rates(OptimConfig(lr=0.5, schedule=schedule), 20) == pytest.approx(expected)
+    assert rates(OptimConfig(lr=0.5, schedule=schedule, min_lr=end), 20) == pytest.approx(expected)
 
 
 def test_a_schedule_by_time_follows_the_same_curve():

@@ -135,7 +135,7 @@ class CombinedOptimizer(Optimizer):
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, steps: int, elapsed: Callable[[], float] | None = None
 ) -> LambdaLR:
-    """Build the schedule: a linear warm-up, then constant, or a cosine or a line that reaches zero at the run's end.
+    """Build the schedule: a linear warm-up, then constant, or a cosine or a line down to the run's end.
 
     Args:
         optimizer: the optimizer whose learning rates are scaled.
@@ -153,7 +153,8 @@ def build_schedule(
         if config.schedule == "constant":
             return 1.0
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        return 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        height = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        return config.min_lr + (1 - config.min_lr) * height
 
     return LambdaLR(optimizer, factor)
 
