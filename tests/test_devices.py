@@ -1,22 +1,22 @@
-"""What the machine has, and what is made of it."""
+"""The machine and how it is used."""
 
 import pytest
 import torch
 from conftest import needs_compiler
 
 from vit_lightning.config import ModelConfig, TrainerConfig
-from vit_lightning.devices import check_accelerator, compile_network, settle_precision
+from vit_lightning.devices import check_accelerator, compile_network, resolve_precision
 from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_an_accelerator_that_is_not_there_is_refused():
-    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu: torch finds none here; use trainer"):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is available")
+def test_an_unavailable_accelerator_is_refused():
+    with pytest.raises(InputError, match=r"trainer\.accelerator=gpu is not available; use trainer"):
         check_accelerator(TrainerConfig(accelerator="gpu"))
 
 
-def test_a_precision_that_the_accelerator_lacks_is_refused():
+def test_an_unsupported_precision_is_refused():
     with pytest.raises(InputError, match=r"needs a GPU; on the CPU use trainer\.precision=bf16-mixed"):
         check_accelerator(TrainerConfig(accelerator="cpu", precision="16-mixed"))
     check_accelerator(TrainerConfig(accelerator="cpu", precision="bf16-mixed"))
@@ -25,10 +25,10 @@ def test_a_precision_that_the_accelerator_lacks_is_refused():
 @pytest.mark.parametrize(
     ("instruction", "precision"), [("avx512_bf16", "bf16-mixed"), ("amx_bf16", "bf16-mixed"), ("avx2", "32-true")]
 )
-def test_auto_is_mixed_precision_where_the_processor_has_instructions_for_it(instruction, precision, monkeypatch):
+def test_auto_is_mixed_precision_if_the_processor_has_instructions_for_it(instruction, precision, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {instruction: True})
-    assert settle_precision(TrainerConfig(accelerator="cpu", precision="auto")).precision == precision
-    assert settle_precision(TrainerConfig(accelerator="cpu", precision="bf16-mixed")).precision == "bf16-mixed"
+    assert resolve_precision(TrainerConfig(accelerator="cpu", precision="auto")).precision == precision
+    assert resolve_precision(TrainerConfig(accelerator="cpu", precision="bf16-mixed")).precision == "bf16-mixed"
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vit_lightning.config import Config
+from vit_lightning.files import ERROR, SUMMARY, write_atomic
 from vit_lightning.keys import InputError, Invocation, sections
 from vit_lightning.messages import MISTAKES, help_text, hint_for, one_line, unknown_key
 from vit_lightning.schemas import CONF, SCHEMAS
@@ -77,7 +78,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
                 message = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
                 print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
                 with contextlib.suppress(OSError):  # a directory that cannot be written
-                    (run_dir / "error.txt").write_text(f"{' '.join(settings.overrides.task)}\n{message}\n")
+                    write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
                 return math.nan
             if mistake and "debug=true" not in typed:
                 with contextlib.suppress(OSError):
@@ -108,7 +109,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
     settings, schema = HydraConfig.get(), SCHEMAS[name]
     if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
-    (run_dir / "error.txt").unlink(missing_ok=True)  # of an earlier attempt
+    (run_dir / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     config = to_config(cfg, schema)
     check_paths(config)
     overrides = list(settings.overrides.task)
@@ -144,14 +145,13 @@ class SweepEnd(Callback):
         directory = Path(config.hydra.sweep.dir)
         if not any(directory.glob("*/")):
             sys.exit("error: the sweep has no jobs; a glob that matches no option gives none")
-        if any(directory.rglob("summary.json")):
+        if any(directory.rglob(SUMMARY)):
             try:
                 importlib.import_module("vit_lightning.sweeps.table").show(directory)
             except InputError as error:  # the jobs have their results; only their table is missing
                 print(f"error: {error}", file=sys.stderr)
         failed = [
-            f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}"
-            for path in sorted(directory.rglob("error.txt"))
+            f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(directory.rglob(ERROR))
         ]
         if failed:
             sys.exit("\n".join([f"error: {len(failed)} of the sweep's jobs failed:", *failed]))

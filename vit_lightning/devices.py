@@ -1,11 +1,14 @@
-"""What this machine has, and how a run uses it: accelerator, memory, compiler, and what is said about them."""
+"""The machine and how it is used: accelerator, precision, memory, compiler, and warnings about them."""
 
+import contextlib
 import ctypes
+import errno
 import logging
 import math
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -21,37 +24,37 @@ from vit_lightning.keys import InputError
 
 
 def accelerators() -> dict[str, bool]:
-    """Which of ``gpu`` and ``mps`` torch finds here."""
+    """Which of ``gpu`` and ``mps`` are available."""
     return {"gpu": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
 
 
 def check_accelerator(trainer: TrainerConfig) -> None:
-    """Refuse an accelerator that is not there, and a precision it does not have.
+    """Check that the accelerator is available and supports the precision.
 
     Raises:
-        InputError: if so.
+        InputError: if not.
     """
-    there = accelerators()
-    if not there.get(trainer.accelerator, True):
-        instead = "trainer.accelerator=mps" if there["mps"] else "trainer=cpu"
-        raise InputError(f"trainer.accelerator={trainer.accelerator}: torch finds none here; use {instead}")
-    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(there.values())):
+    available = accelerators()
+    if not available.get(trainer.accelerator, True):
+        instead = "trainer.accelerator=mps" if available["mps"] else "trainer=cpu"
+        raise InputError(f"trainer.accelerator={trainer.accelerator} is not available; use {instead}")
+    if trainer.precision == "16-mixed" and (trainer.accelerator == "cpu" or not any(available.values())):
         raise InputError("trainer.precision=16-mixed needs a GPU; on the CPU use trainer.precision=bf16-mixed")
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 faster than in float32: a CPU does with instructions for it alone."""
+    """Whether a device computes faster in bfloat16 than in float32: a CPU needs instructions for it."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return device.type == "cpu" and any(found.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return device.type == "cpu" and any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def settle_precision(trainer: TrainerConfig) -> TrainerConfig:
-    """Say which precision ``trainer.precision=auto`` is here.
+def resolve_precision(trainer: TrainerConfig) -> TrainerConfig:
+    """Replace ``trainer.precision=auto`` by a precision of this machine.
 
     Raises:
-        InputError: if there is no such accelerator.
+        InputError: if the accelerator is not available.
     """
     check_accelerator(trainer)
     if trainer.precision != "auto":
@@ -63,62 +66,82 @@ def settle_precision(trainer: TrainerConfig) -> TrainerConfig:
 
 
 def evaluation_device(accelerator: str) -> torch.device:
-    """The device that ``auto``, ``cpu``, ``gpu`` or ``mps`` means here.
+    """The device of ``auto``, ``cpu``, ``gpu`` or ``mps``.
 
     Raises:
-        InputError: if torch finds none.
+        InputError: if it is not available.
     """
     if accelerator == "auto":
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     if not accelerators().get(accelerator, True):
-        raise InputError(f"accelerator={accelerator}: torch finds none here; leave it out")
+        raise InputError(f"accelerator={accelerator} is not available; remove it")
     return torch.device({"gpu": "cuda"}.get(accelerator, accelerator))
 
 
-def spare_memory_work() -> None:
-    """Spare a training step two kinds of work on memory that change no result.
+def tune_malloc() -> None:
+    """Avoid two kinds of memory management per training step that change no result.
 
-    glibc hands hundreds of megabytes back to the kernel after every step and gets them again page by page, zeroed:
-    here it keeps them. Other C libraries are left as they are. And torch, when asked for deterministic kernels, fills
-    all fresh memory, which repeats nothing that these kernels do not repeat anyway.
+    glibc returns hundreds of megabytes to the kernel after every step and gets them back page by page, zeroed; here it
+    keeps them. Other C libraries are not changed. With deterministic kernels, torch fills all uninitialised memory,
+    which makes nothing more reproducible here because the kernels do not read such memory.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-        mallopt(mmap_threshold, 32 * 2**20)  # the largest that it takes
-        mallopt(trim_threshold, -1)  # never
+        mallopt(mmap_threshold, 32 * 2**20)  # the largest possible value
+        mallopt(trim_threshold, -1)  # never trim
+
+
+@contextlib.contextmanager
+def out_of_memory_hint(reduce: str) -> Iterator[None]:
+    """Report that the memory of the machine or its accelerator is exhausted in one line.
+
+    Args:
+        reduce: what to reduce, such as ``data.batch_size``.
+
+    Raises:
+        InputError: if memory is exhausted.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        words = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")  # of RuntimeErrors without a class
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
+        if not known and not (isinstance(error, RuntimeError) and any(word in str(error) for word in words)):
+            raise
+        raise InputError(f"out of memory; reduce {reduce}") from error
 
 
 def compile_network(net: nn.Module, device: torch.device) -> None:
-    """Have ``net`` compiled in place at its first use, so that its parameters keep their names; or say why not."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # that a CPU has no CUDA is no news
+    """Compile ``net`` in place when it is first used, keeping its parameters' names; or report why that fails."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA missing on a CPU
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
-    except Exception as error:  # whatever a compiler that is missing or broken makes of it
+    except Exception as error:  # a missing or broken compiler raises many types
         [reason, *_] = str(error).strip().splitlines() or [repr(error)]
-        print(f"compile=true: torch cannot compile here ({reason}); training goes on without", file=sys.stderr)
+        print(f"warning: compile=true fails ({reason}); continuing without torch.compile", file=sys.stderr)
     else:
         net.compile()
 
 
 def quiet_lightning() -> None:
-    """Silence what Lightning says of every run here and what is not so here."""
+    """Silence messages of Lightning that appear in every run or do not apply here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
-        ".*does not have many workers",  # one process that gathers from memory is the fastest reader here
-        ".*smaller than the logging interval",  # the curves go on across epochs
-        ".*model that overrides the configure_model callback",  # with fsdp alone, which takes no averages
-        ".*It is recommended to use `self.log.'speed/",  # the first process's own speed and memory are meant
-        ".*Encountered `nan` values in tensor",  # StopAtNaN says where
+        ".*does not have many workers",  # loading in the training process is fastest here
+        ".*smaller than the logging interval",  # curves continue across epochs
+        ".*model that overrides the configure_model callback",  # concerns averaging with fsdp, which is refused
+        ".*It is recommended to use `self.log.'speed/",  # speed and memory are those of the first process
+        ".*Encountered `nan` values in tensor",  # StopAtNaN reports them
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def memory(device: torch.device) -> float:
-    """Bytes that the run has held at most: of the GPU that trains, else of the process."""
+    """The largest memory that was in use, in bytes: of the GPU, or else of the process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if resource is None:
@@ -127,7 +150,7 @@ def memory(device: torch.device) -> float:
 
 
 def now() -> float:
-    """A clock in seconds that first waits for the steps that an accelerator has queued."""
+    """Read a clock, in seconds, after an accelerator has finished the work queued on it."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -1,74 +1,85 @@
-"""Files that are complete or absent, and checkpoints that are verified when they are read."""
+"""The files of a run's directory, and writing files that are complete or absent. Nothing here imports torch."""
 
 import contextlib
-import hashlib
 import io
 import os
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins.io import TorchCheckpointIO
-
-from vit_lightning.keys import InputError
 from vit_lightning.terminal import relative
 
-MARK = b"\nvit_lightning sha256 "  # then 64 hexadecimal digits
+SUMMARY = "summary.json"  # the record of a finished run
+ERROR = "error.txt"  # the message of a failed job of a sweep
 
 
-def unwritable(error: OSError, run_dir: Path) -> str:
-    """What could not be written, and why."""
-    return f"{error.filename or relative(run_dir)} cannot be written ({error.strerror or error}); make room, or mend it"
+class RunFiles:
+    """The paths of a run's files.
+
+    Args:
+        folder: the run's directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.metrics = folder / "metrics.csv"
+        self.summary = folder / SUMMARY
+        self.curves = folder / "curves.png"
+        self.patches = folder / "patches.png"
+        self.nan = folder / "nan.json"
+        self.error = folder / ERROR
+        self.lock = folder / ".lock"
+        self.checkpoints = folder / "checkpoints"
+        self.best = self.checkpoints / "best.ckpt"
+        self.last = self.checkpoints / "last.ckpt"
+        self.previous = self.checkpoints / "last-previous.ckpt"
+        self.damaged = self.checkpoints / "last-damaged.ckpt"
+        self.unfinished = self.checkpoints / ".new.ckpt"
 
 
-def write_down(path: Path, *parts: bytes | memoryview) -> None:
-    """Write a file down to the disk; what there is of one that cannot be finished leaves its room to others."""
-    try:
-        with path.open("wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise
+def cannot_write(error: OSError, path: Path) -> str:
+    """Describe an error in writing a file, or else ``path``."""
+    reason = error.strerror or error
+    return f"{error.filename or relative(path)} cannot be written ({reason}); free disk space or fix the permissions"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside ``path``, down to the disk, and only then put it there: at no moment is a part there."""
-    new = path.with_name(f".new.{path.name}")
-    write_down(new, content)
-    new.replace(path)
-
-
-class SealedCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints with their checksum, and verifies it; :class:`Saver` puts them in their place."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        buffer = io.BytesIO()
-        torch.save(checkpoint, buffer)
-        content = buffer.getbuffer()
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        write_down(Path(path), content, MARK + hashlib.sha256(content).hexdigest().encode())
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Whatever is asked for, to the CPU and weights alone: what Lightning's strategies ask for here."""
-        return read_checkpoint(Path(path))
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Verify a checkpoint and load it, to the CPU; nothing in it is run.
+def write_synced(path: Path, content: bytes | memoryview) -> None:
+    """Write a file and flush it to the disk; if that fails, remove it.
 
     Raises:
-        InputError: if it is damaged, or holds more than weights and plain values.
+        OSError: if the file cannot be written; it names ``path``.
     """
-    data = path.read_bytes()
-    body, mark, digest = data.rpartition(MARK)
-    if mark and hashlib.sha256(body).hexdigest().encode() != digest:
-        raise InputError(f"{path} is damaged: it is not what was written")
     try:
-        return torch.load(io.BytesIO(body if mark else data), map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever torch makes of any bytes
-        [reason, *_] = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{path} is damaged, or no checkpoint ({reason})") from error
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise OSError(
+            error.errno, error.strerror or str(error), str(path)
+        ) from error  # a full disk is reported without a name
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Replace a file so that at any moment, its old or its new content is there in full.
+
+    Raises:
+        OSError: if the file cannot be written; it names ``path``.
+    """
+    new = path.with_name(f".new.{path.name}")
+    try:
+        write_synced(new, content.encode() if isinstance(content, str) else content)
+        new.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            new.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a Matplotlib figure with :func:`write_atomic`, in the format that the file's name ends with."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix[1:])
+    write_atomic(path, buffer.getvalue())

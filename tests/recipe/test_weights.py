@@ -112,7 +112,7 @@ def damaged(path: Path) -> Path:
     [
         ("none", "does not exist"),
         ("empty", "does not exist"),
-        ("bad.ckpt", "is damaged, or no checkpoint"),
+        ("bad.ckpt", "is not a checkpoint"),
         ("bad.safetensors", "contains no classifier"),
         ("no-json.safetensors", r"contains no classifier of this project \(Expecting property name"),
     ],

@@ -85,12 +85,14 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
     monkeypatch.setattr("vit_lightning.runs.dashboard.draw_attention", fail)
     monkeypatch.setattr("vit_lightning.analysis.predictions.draw_per_class", fail)
     config = composed("experiment=quickstart")
-    data = ImageData(config.data, config.augment, config.model.image_size)
+    data = ImageData(config.data, config.model.image_size)
     data.setup()
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = L.Trainer(**{**TRAINER, "logger": logger})
     record = json.loads((digits_run / "summary.json").read_text())
-    Dashboard(config, data, {}, Figure()).show_best(load_classifier(str(digits_run)), trainer, record)
+    dashboard = Dashboard(config, data, {}, Figure())
+    dashboard.log_best(trainer, record)
+    dashboard.show_best(load_classifier(str(digits_run)), trainer, record)
     assert capsys.readouterr().err.splitlines() == [
         "warning: no picture of attention (ZeroDivisionError: nothing)",
         "warning: no picture of per_class (ZeroDivisionError: nothing)",

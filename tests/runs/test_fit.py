@@ -89,7 +89,7 @@ def test_the_parts_parameters_add_up(digits):
     run, out = digits
     rows = dict(re.findall(r"^(\S.*?)  .* +([\d,]+)$", out.partition("parameters\n")[2].partition("\nepoch")[0], re.M))
     counts = {name: int(count.replace(",", "")) for name, count in rows.items()}
-    total = counts.pop("in all")
+    total = counts.pop("total")
     assert sum(counts.values()) == total == summary_of(run)["parameters"]
     assert counts["pos_embed"] == 17 * 64
 
@@ -182,8 +182,8 @@ def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
     before = (run / "summary.json").read_text()
     result = command("train", "data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
     assert result.returncode == 1
-    cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
-    assert result.stderr == f"error: {run.relative_to(start)} holds another run; {cure}\n"
+    hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
+    assert result.stderr == f"error: {run.relative_to(start)} contains another run; {hint}\n"
     assert (run / "summary.json").read_text() == before
 
 
@@ -252,8 +252,8 @@ def test_a_sweep_started_again_runs_what_has_not_finished(start):
                 process.kill()
     result = command("train", "-m", *tiny, "seed=0,1,2", "hydra.sweep.dir=again", cwd=start)
     assert result.returncode == 0, result.stderr
-    assert "again/seed-0 holds this run, which came to its end: val/acc" in result.stdout
-    assert "again/seed-1 holds this run, which was interrupted; it goes on" in result.stdout
+    assert "again/seed-0 is already finished: val/acc" in result.stdout
+    assert "continuing again/seed-1 from step " in result.stdout
     started = [line for line in result.stdout.splitlines() if line.startswith("epoch 1/3")]
     assert len(started) == 1  # seed 2
     for seed in range(3):
@@ -352,11 +352,9 @@ def test_ctrl_c_says_where_the_run_lies(start):
     [run] = set(start.glob("outputs/*/*")) - before
     assert process.returncode == 130
     stopping, interrupted = stderr.splitlines()
-    assert stopping == "stopping as soon as the run can be saved; Ctrl-C again: at once"
+    assert stopping == "saving and stopping; press Ctrl-C again to quit immediately"
     where = run.relative_to(start)
-    assert interrupted.startswith(
-        f"interrupted; what there is so far lies in {where}; resume={where} goes on after step "
-    )
+    assert re.fullmatch(rf"interrupted at step \d+; continue with resume={where}", interrupted)
     assert (run / "checkpoints" / "last.ckpt").exists()
     assert (run / "curves.png").exists()
 
@@ -375,7 +373,7 @@ def test_a_signal_during_the_test_says_so_too(start, number, code):
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
     [run] = set(start.glob("outputs/*/*")) - before
     assert result.returncode == code
-    assert result.stderr.startswith(f"interrupted; what there is so far lies in {run.relative_to(start)}; resume=")
+    assert result.stderr.endswith(f"; continue with resume={run.relative_to(start)}\n")
 
 
 @pytest.mark.parametrize(
@@ -383,7 +381,10 @@ def test_a_signal_during_the_test_says_so_too(start, number, code):
     [
         (["data=digits", "model.channels=3"], "model.channels=3, but data.source=digits has 1; leave"),
         (["data=digits", "data.batch_size=5000"], "data.batch_size=5000 exceeds the 1293 training images"),
-        (["data=digits", "trainer.limit_val_batches=0.1"], "trainer.limit_val_batches=0.1 of 1 batches is none"),
+        (
+            ["data=digits", "trainer.limit_val_batches=0.1"],
+            "rounds down to 0 of 1 batches; use trainer.limit_val_batches=1",
+        ),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
         (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
     ],
@@ -394,6 +395,29 @@ def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arg
         train(composed(*arguments), tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_exhausted_memory_says_what_to_reduce(tmp_path, monkeypatch):
+    """More bytes than any machine can address."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"^out of memory; reduce data\.batch_size, model\.image_size, or "):
+        train(composed("data=digits", "model.mlp_head_units=[1000000000000000]"), tmp_path / "run")
+
+
+def test_a_run_killed_while_its_figures_are_drawn_is_finished(start):
+    script = (
+        "import os, runpy; from vit_lightning.runs.dashboard import Dashboard\n"
+        "Dashboard.show_best = lambda *_: os._exit(9)\n"
+        "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
+    )
+    arguments = ["data=digits", "trainer=debug", *SMALL, "hydra.run.dir=figures"]
+    assert subprocess.run([sys.executable, "-c", script, *arguments], cwd=start, capture_output=True).returncode == 9
+    result = command("train", *arguments, cwd=start)
+    assert result.returncode == 0, result.stderr
+    assert (
+        result.stdout
+        == f"figures is already finished: val/acc {summary_of(start / 'figures')['metrics']['val/acc']:.1%}\n"
+    )
 
 
 def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing(tmp_path):
@@ -426,8 +450,8 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     [line] = result.stderr.splitlines()
-    assert line.startswith("compile=true: torch cannot compile here (")
-    assert line.endswith("); training goes on without")
+    assert line.startswith("warning: compile=true fails (")
+    assert line.endswith("); continuing without torch.compile")
 
 
 RECIPE = ["optim=muon", "augment=crop", "augment.mixup=0.2", "model.pool=mean", "model.zero_init=true"]
@@ -470,12 +494,15 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     [
         (
             ["trainer.max_epochs=100000", "trainer.max_time=00:00:00:02", "optim.clock=time"],
-            ("trainer.max_epochs=200000", "came to its end by trainer.max_time=00:00:00:02; more of it would"),
+            (
+                "trainer.max_epochs=200000",
+                "finished (trainer.max_time=00:00:00:02); to extend it, set a higher trainer.max_time",
+            ),
             "trainer.max_time=00:00:00:04",
         ),
         (
             ["target_acc=0.3"],
-            ("target_acc=0.3", "came to its end by target_acc=0.3; more of it would"),
+            ("target_acc=0.3", "is already finished (target_acc=0.3); to extend it, set a higher target_acc"),
             "target_acc=0.5",
         ),
     ],
@@ -505,9 +532,9 @@ def test_a_run_goes_on_with_more_of_what_ended_it(start, limits, refused, more):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["resume={run}"], "came to its end"),
-        (["resume=nowhere"], "resume=nowhere holds no run"),
-        (["resume={run}", "optim.lr=1"], "leave optim.lr out"),
+        (["resume={run}"], "is already finished"),
+        (["resume=nowhere"], "resume=nowhere is not the directory of a run"),
+        (["resume={run}", "optim.lr=1"], "remove optim.lr"),
     ],
 )
 def test_what_cannot_be_resumed_is_said(digits, tmp_path, arguments, message):

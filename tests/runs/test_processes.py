@@ -77,7 +77,7 @@ def test_one_command_trains_in_two_processes_and_leaves_one_run(runs, name):
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
     assert out.count("epoch 1/3") == 1
     assert out.count("best of 3 epochs") == 1
-    step = "2 processes, 32 of the 64 images of a step in each; their gradients are averaged"
+    step = "2 processes, 32 of the 64 images per step in each; gradients are averaged"
     assert step in out
     assert summary["step"].startswith(step)
     assert not (runs / "outputs").exists()

@@ -92,7 +92,7 @@ def test_a_dead_workers_trial_is_taken_up_where_it_stopped(tmp_path):
     time.sleep(3)  # two heartbeats and more
     result = command("search", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "outputs/search/study/trial-0000 holds this run, which was interrupted; it goes on" in result.stdout
+    assert "continuing outputs/search/study/trial-0000 from step " in result.stdout
     states = [trial.state for trial in study_of(tmp_path).trials]
     assert states == [TrialState.FAIL, TrialState.COMPLETE, TrialState.COMPLETE]
     dead, heir = study_of(tmp_path).trials[:2]

@@ -157,7 +157,7 @@ def test_a_job_that_slurm_preempts_goes_on_when_it_is_requeued(tmp_path):
         _, stderr = sweep.communicate()
     assert sweep.returncode == 0, stderr.decode()
     logs = [path.read_text() for path in tmp_path.glob("sweep/.submitit/*/*_log.out")]
-    assert sum("sweep/seed-1 holds this run, which was interrupted; it goes on" in log for log in logs) == 1
+    assert sum("continuing sweep/seed-1 from step " in log for log in logs) == 1
     for seed in range(2):
         with (tmp_path / "sweep" / f"seed-{seed}" / "metrics.csv").open() as file:
             assert [row["epoch"] for row in csv.DictReader(file)] == list("123456")

@@ -9,6 +9,7 @@ from vit_lightning.analysis.predictions import FIGURES, predict_split
 from vit_lightning.config import DataConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import evaluation_device
+from vit_lightning.files import save_figure, write_atomic
 from vit_lightning.keys import InputError, Invocation, from_python
 from vit_lightning.provenance import provenance
 from vit_lightning.recipe.classifier import ViTClassifier
@@ -40,7 +41,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
         "tta": config.tta,
         **predictions.measure(),
     }
-    (run_dir / "evaluation.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_atomic(run_dir / "evaluation.json", json.dumps(report, indent=2) + "\n")
     predictions.write_per_class(run_dir / "per_class.csv")
     predictions.write_predictions(run_dir / "predictions.csv")
     show(report)
@@ -48,7 +49,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     for name in FIGURES:
         figure = predictions.draw(name)
         if figure is not None:
-            figure.savefig(run_dir / f"{name}.png")
+            save_figure(figure, run_dir / f"{name}.png")
             print_files([run_dir / f"{name}.png"])
     return report["acc"]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from vit_lightning.analysis.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
+from vit_lightning.files import RunFiles
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier, publish
@@ -75,7 +76,7 @@ def export_weights(config: ExportConfig, classifier: ViTClassifier, run_dir: Pat
     """
     if config.data is not None:
         classifier.hparams["data"] = asdict(config.data)
-    summary = Path(config.checkpoint).expanduser() / "summary.json"
+    summary = RunFiles(Path(config.checkpoint).expanduser()).summary
     record = json.loads(summary.read_text()) if summary.exists() else {}
     path = run_dir / "model.safetensors"
     publish(classifier, record, config.licence, path)

@@ -14,6 +14,7 @@ from vit_lightning.analysis.attention import attention_maps, attention_rollout, 
 from vit_lightning.analysis.figures import draw_attention
 from vit_lightning.data.sources import SUFFIXES, decode_image
 from vit_lightning.devices import evaluation_device
+from vit_lightning.files import save_figure, write_atomic
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
@@ -58,7 +59,7 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     if not rows:
         raise InputError("no picture was read; images= takes files, directories and globs of PNG, JPEG, WebP and GIF")
 
-    (run_dir / "predictions.json").write_text(json.dumps(rows, indent=2) + "\n")
+    write_atomic(run_dir / "predictions.json", json.dumps(rows, indent=2) + "\n")
     write_csv(run_dir / "predictions.csv", rows)
     written = ["predictions.json", "predictions.csv"]
     if config.attention:
@@ -119,7 +120,7 @@ def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, A
     files = [_shorten(Path(row["file"]).name) for row in rows[: len(images)]]
     titles = [f"{file}\n{guess['class']} {guess['probability']:.0%}" for file, guess in zip(files, best, strict=True)]
     pictures = images.permute(0, 2, 3, 1).numpy() / 255
-    draw_attention(pictures, overlays, ["rollout", "last block"], titles).savefig(path)
+    save_figure(draw_attention(pictures, overlays, ["rollout", "last block"], titles), path)
 
 
 def _shorten(name: str, length: int = 24) -> str:

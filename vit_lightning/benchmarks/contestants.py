@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, library, tutorial_loader
 from vit_lightning.data.module import ImageData
-from vit_lightning.devices import compile_network, now, quiet_lightning, spare_memory_work
+from vit_lightning.devices import compile_network, now, quiet_lightning, tune_malloc
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import train_transform
 from vit_lightning.recipe.classifier import ViTClassifier
@@ -46,7 +46,7 @@ def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
     L.seed_everything(config.seed, verbose=False)
     if name == OURS:
         quiet_lightning()
-        spare_memory_work()
+        tune_malloc()
     data = ImageData(config.data, config.model.image_size, config.seed)
     data.setup()
     if name == OURS:

@@ -1,17 +1,20 @@
 """Trained networks: opening them, publishing them, and starting another network from one."""
 
 import json
+import pickle
 import sys
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from vit_lightning.config import ModelConfig
-from vit_lightning.files import read_checkpoint, write_whole
+from vit_lightning.files import RunFiles, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
@@ -26,6 +29,46 @@ MAY_DIFFER = {
 }
 
 
+def verify_checkpoint(path: Path) -> None:
+    """Compare a checkpoint with the CRC-32 checksums that ``torch.save`` has written into it.
+
+    Checkpoints of earlier versions end in a line with a SHA-256, which neither this nor ``torch.load`` reads.
+
+    Raises:
+        InputError: if the file is corrupt or not a checkpoint.
+        OSError: if it cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(2)
+        if start and start != b"PK":
+            raise InputError(f"{path} is not a checkpoint")
+        try:
+            damaged = zipfile.ZipFile(file).testzip()
+        except Exception as error:  # zipfile raises many types on arbitrary bytes
+            raise InputError(f"{path} is corrupt (truncated or overwritten)") from error
+    if damaged is not None:
+        raise InputError(f"{path} is corrupt (checksum mismatch)")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Verify a checkpoint and load it to the CPU, without executing code from it.
+
+    Raises:
+        InputError: if the file is corrupt, not a checkpoint, or contains objects other than tensors and plain values.
+        OSError: if it cannot be read.
+    """
+    verify_checkpoint(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is not a checkpoint of this project: it contains more than weights") from error
+    except (RuntimeError, EOFError, ValueError, LookupError) as error:  # another kind of zip file, or a corrupt header
+        raise InputError(f"{path} is corrupt or not a checkpoint") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path} is not a checkpoint")
+    return content
+
+
 def load_classifier(checkpoint: str) -> ViTClassifier:
     """Open a trained classifier, in evaluation mode, on the CPU.
 
@@ -38,7 +81,7 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
     """
     path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
+        path = RunFiles(path).best
     if not path.exists():
         raise InputError(
             f"checkpoint={checkpoint}: {path} does not exist; name a run's directory, a file or pretrained"
@@ -83,7 +126,7 @@ def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, pat
         for name, value in classifier.net.state_dict().items()
     }
     hparams = json.dumps(dict(classifier.hparams))
-    write_whole(path, save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
+    write_atomic(path, save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
 
 
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:

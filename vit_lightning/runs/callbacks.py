@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from vit_lightning.analysis.figures import draw_curves
 from vit_lightning.devices import memory, now
+from vit_lightning.files import RunFiles, save_figure, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
@@ -38,7 +39,7 @@ class EpochRecorder(Callback):
     """
 
     def __init__(self, run_dir: Path, record: dict[str, Any]) -> None:
-        self.run_dir = run_dir
+        self.files = RunFiles(run_dir)
         self.starts = [record]
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
@@ -94,15 +95,14 @@ class EpochRecorder(Callback):
         seconds, epoch_seconds = self._before
         self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # of an epoch that is continued
         if trainer.is_global_zero:
-            (self.run_dir / "metrics.csv").unlink(missing_ok=True)  # may have a row that comes again
+            self.files.metrics.unlink(missing_ok=True)  # may have a row that comes again
             self._write(self.rows)
 
     def _write(self, rows: list[dict[str, float]]) -> None:
         """Append rows to ``metrics.csv``."""
-        path = self.run_dir / "metrics.csv"
         if rows:
-            new = not path.exists()
-            with path.open("a", newline="") as file:
+            new = not self.files.metrics.exists()
+            with self.files.metrics.open("a", newline="") as file:
                 writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
                 if new:
                     writer.writeheader()
@@ -157,7 +157,7 @@ class EpochRecorder(Callback):
     def draw(self) -> None:
         """Draw the epochs so far; also called for a run resumed after its last epoch, which has no end of training."""
         if self.rows:
-            draw_curves(self.rows).savefig(self.run_dir / "curves.png")
+            save_figure(draw_curves(self.rows), self.files.curves)
 
 
 class Report(Callback):
@@ -226,7 +226,7 @@ class StopAtNaN(Callback):
     """
 
     def __init__(self, run_dir: Path, every: int) -> None:
-        self.run_dir = run_dir
+        self.files = RunFiles(run_dir)
         self.every = every
 
     def on_train_batch_start(
@@ -258,11 +258,11 @@ class StopAtNaN(Callback):
             "gradient_norm": str(norm),
             "images": images,  # indices into the source's training images
         }
-        (self.run_dir / "nan.json").write_text(json.dumps(report, indent=2) + "\n")
+        write_atomic(self.files.nan, json.dumps(report, indent=2) + "\n")
         where = f"epoch {report['epoch']}, batch {batch_idx + 1}: training images {', '.join(map(str, images[:4]))}, …"
         raise InputError(
             f"train/loss is {report['loss']} at step {report['step']} ({where}), learning rate {self._lr:g}, "
-            f"gradient norm {norm:g}; see {relative(self.run_dir / 'nan.json')}; "
+            f"gradient norm {norm:g}; see {relative(self.files.nan)}; "
             "try a lower learning rate or trainer.gradient_clip_val=1"
         )
 

@@ -1,124 +1,204 @@
-"""The checkpoints of a run: when they are written, whole or not at all, and how they are verified when they are read.
+"""The checkpoints of a run: when and how they are written, which of them it continues from, and how it ends early.
 
-``last.ckpt`` is where a run goes on, ``last-previous.ckpt`` the one before it, ``best.ckpt`` that of the best
-``val/acc``. Each ends with the SHA-256 of what comes before, which :func:`torch.load` leaves unread.
+``last.ckpt`` is where a run continues, ``last-previous.ckpt`` the checkpoint before it, and ``best.ckpt`` that of the
+best epoch.
 """
 
+import contextlib
+import errno
+import io
 import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.tensor import DTensor
 
-from vit_lightning.files import read_checkpoint, write_whole
-from vit_lightning.keys import InputError
+from vit_lightning.files import RunFiles, cannot_write, write_atomic, write_synced
+from vit_lightning.keys import InputError, MachineError
+from vit_lightning.recipe.weights import read_checkpoint
 from vit_lightning.runs.callbacks import EpochRecorder
-from vit_lightning.terminal import is_first
+from vit_lightning.runs.processes import lost_process
+from vit_lightning.terminal import is_first, relative
+
+# What Lightning exits with after Ctrl-C and SIGTERM outside of training, and a shell's codes for them.
+EXIT_CODES: dict[Any, int] = {1: 128 + signal.SIGINT, None: 128 + signal.SIGTERM}
 
 
-def newest_sound(folder: Path) -> tuple[Path | None, int, list[str]]:
-    """The newest checkpoint from which a run can go on.
+def latest_valid(files: RunFiles) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """Find the latest checkpoint that a run can continue from.
 
     Returns:
-        Its path, the optimizer steps that lie before it, and what is wrong with newer ones.
+        Its path, its content, and what is wrong with later ones.
     """
-    wrong: list[str] = []
-    for path in (folder / "last.ckpt", folder / "last-previous.ckpt"):
+    problems: list[str] = []
+    for path in (files.last, files.previous):
         try:
-            return path, read_checkpoint(path)["global_step"], wrong
+            content = read_checkpoint(path)
+            if isinstance(content.get("global_step"), int):
+                return path, content, problems
+            problems.append(f"{path} is not a checkpoint of a run")
         except FileNotFoundError:
             continue
         except InputError as error:
-            wrong.append(str(error))
+            problems.append(str(error))
         except OSError as error:
-            wrong.append(f"{path} cannot be read ({error.strerror or error})")
-        except (KeyError, TypeError, IndexError):  # a file of torch's with something else
-            wrong.append(f"{path} is no checkpoint of a run")
-    return None, 0, wrong
+            problems.append(f"{path} cannot be read ({error.strerror or error})")
+    return None, {}, problems
+
+
+@contextlib.contextmanager
+def resume_hint(files: RunFiles) -> Iterator[None]:
+    """Report what ends a run early in one line, with the command that continues it.
+
+    Raises:
+        InputError: for a mistake of the user.
+        MachineError: if a file cannot be written, or a process of the run or of its data loader dies.
+    """
+    try:
+        yield
+    except SystemExit as end:
+        if is_first():
+            checkpoint, content, _ = latest_valid(files)
+            at = f"at step {content['global_step']}" if checkpoint else "before the first checkpoint"
+            hint = f"; continue with resume={relative(files.folder)}" if checkpoint else ""
+            print(f"interrupted {at}{hint}", file=sys.stderr)
+        sys.exit(EXIT_CODES.get(end.code, end.code))
+    except (InputError, OSError, RuntimeError) as error:
+        lines = str(error).splitlines() or [""]
+        if isinstance(error, InputError):
+            reason = str(error)
+        elif lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:  # followed by the worker's traceback
+            reason = f"a data loading worker failed ({lines[-1]})"
+        elif "DataLoader worker" in lines[0]:  # torch raises it in a signal handler, so nothing else can catch it
+            reason = f"{lines[0].rstrip('. ')}; data.workers=0 needs no workers"
+        elif isinstance(error, OSError) and error.errno != errno.ENOMEM:
+            reason = cannot_write(error, files.folder)
+        elif lost_process(error):
+            reason = "another process of this run ended; see its message"
+        else:
+            raise
+        checkpoint, content, _ = latest_valid(files)
+        at = f"; continue from step {content['global_step']} with resume={relative(files.folder)}" if checkpoint else ""
+        kind = type(error) if isinstance(error, InputError) else MachineError
+        raise kind(f"{reason}{at}") from error
+
+
+class VerifiedCheckpointIO(TorchCheckpointIO):
+    """Writes checkpoints that are on the disk when it returns, and verifies their checksums when they are read.
+
+    Args:
+        loaded: the content of the checkpoint that is asked for first, if it has been read already.
+    """
+
+    def __init__(self, loaded: dict[str, Any] | None = None) -> None:
+        self._loaded = loaded
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint and flush it to the disk; if that fails, no file is left."""
+        buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError without a reason
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_synced(Path(path), buffer.getbuffer())
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Load a checkpoint to the CPU, without executing code from it, whatever the other arguments say."""
+        content, self._loaded = self._loaded, None
+        return read_checkpoint(Path(path)) if content is None else content
 
 
 class Saver(Checkpoint):
-    """Saves a run after every epoch, within one every few minutes, and when it is asked to stop.
+    """Saves a run after every epoch, every few minutes within one, and when it is asked to stop.
 
-    SIGINT and SIGTERM are asked once: the run is saved after the step, or the epoch in whose last step or validation
-    it is, and ends with the exit code 130 or 143. Another one stops it at once.
+    After a first SIGINT or SIGTERM the run is saved at the end of the step, or of the epoch if its last step or
+    validation is running, and exits with code 130 or 143. A second one ends it immediately.
 
     Args:
-        folder: of the checkpoints.
-        minutes: from one checkpoint to the next within an epoch; ``None`` for none there.
-        recorder: knows the best epoch.
+        files: of the run.
+        minutes: between checkpoints within an epoch; ``None`` for none there.
+        recorder: the recorder of the run, which knows the best epoch.
+        digest: identifies the images, to recognise them when the run is resumed; ``None`` if unknown.
     """
 
-    def __init__(self, folder: Path, minutes: float | None, recorder: EpochRecorder) -> None:
-        self.folder = folder
+    def __init__(
+        self, files: RunFiles, minutes: float | None, recorder: EpochRecorder, digest: dict[str, str] | None = None
+    ) -> None:
+        self.files = files
         self.minutes = minutes
         self.recorder = recorder
-        self._signal = 0  # that has come
-        heeded = (signal.SIG_DFL, signal.default_int_handler)  # a launcher's own, or none in the background, are kept
-        self._signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in heeded]
+        self.digest = digest
+        self._signal = 0  # the last signal received, 0 if none
+        # The handlers of a launcher stay, and so do signals that a background process ignores.
+        default = (signal.SIG_DFL, signal.default_int_handler)
+        self._signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in default]
         if threading.current_thread() is not threading.main_thread():
-            self._signals = []
+            self._signals = []  # only the main thread can set handlers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what identifies the images of the run."""
+        return {} if self.digest is None else {"digest": self.digest}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved = time.monotonic()
-        for number in self._signals:  # after Lightning has set its own, which it takes back when training ends
-            signal.signal(number, self._ask)
+        for number in self._signals:  # replaces the handlers of Lightning, which restores the original ones at the end
+            signal.signal(number, self._receive)
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         self._signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if is_first():
-            again = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
-            print(f"stopping as soon as the run can be saved; {again} again: at once", file=sys.stderr, flush=True)
+            again = "press Ctrl-C" if number == signal.SIGINT else "send SIGTERM"
+            print(f"saving and stopping; {again} again to quit immediately", file=sys.stderr, flush=True)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
-        number, wanted = self._agreed(trainer, self._signal, due)
-        if (number or wanted) and not trainer.is_last_batch:  # after which the epoch's end follows
+        number, wanted = self._maximum(trainer, self._signal, due)
+        if (number or wanted) and not trainer.is_last_batch:  # after the last batch, the end of the epoch saves
             self._save(trainer, pl_module)
-            self._stop(number)
+            self._exit(number)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.recorder.rows[-1]
         self._save(trainer, pl_module, best="val/acc" in row and row is self.recorder.best)
-        [number] = self._agreed(trainer, self._signal)
-        self._stop(number)
+        [number] = self._maximum(trainer, self._signal)
+        self._exit(number)
 
     @staticmethod
-    def _agreed(trainer: L.Trainer, *wishes: int) -> list[int]:
-        """The largest of all processes' wishes, which save and stop together."""
+    def _maximum(trainer: L.Trainer, *values: int) -> list[int]:
+        """The largest of each value over all processes, which save and stop together."""
         if trainer.world_size == 1:
-            return list(wishes)
-        wanted = torch.tensor([float(wish) for wish in wishes], device=trainer.strategy.root_device)
-        return [int(wish) for wish in trainer.strategy.reduce(wanted, reduce_op="max")]
+            return list(values)
+        own = torch.tensor([float(value) for value in values], device=trainer.strategy.root_device)
+        return [int(value) for value in trainer.strategy.reduce(own, reduce_op="max")]
 
     def _save(self, trainer: L.Trainer, pl_module: L.LightningModule, best: bool = False) -> None:
-        # With fsdp, each process looks at its part.
-        parts = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
-        [broken] = self._agreed(trainer, not all(part.isfinite().all() for part in parts))
+        # With fsdp, each process checks its own shards.
+        shards = (p.to_local() if isinstance(p, DTensor) else p for p in pl_module.parameters())
+        [broken] = self._maximum(trainer, not all(shard.isfinite().all() for shard in shards))
         if broken:
-            raise InputError(f"after step {trainer.global_step} the weights are no numbers any more")
+            raise InputError(f"weights became NaN or infinite in step {trainer.global_step}; try a lower learning rate")
         for logger in trainer.loggers:
-            logger.save()  # a run that goes on from here misses no point
-        new, last = self.folder / ".new.ckpt", self.folder / "last.ckpt"
-        trainer.save_checkpoint(new)
+            logger.save()  # the curves up to this step are on the disk before its checkpoint is
+        files = self.files
+        trainer.save_checkpoint(files.unfinished)
         if trainer.is_global_zero:
             if best:
-                write_whole(self.folder / "best.ckpt", new.read_bytes())
-            if last.exists():
-                last.replace(self.folder / "last-previous.ckpt")
-            new.replace(last)
+                write_atomic(files.best, files.unfinished.read_bytes())
+            if files.last.exists():
+                files.last.replace(files.previous)
+            files.unfinished.replace(files.last)
         self._saved = time.monotonic()
 
     @staticmethod
-    def _stop(number: int) -> None:
+    def _exit(number: int) -> None:
         if number:
             sys.exit(128 + number)

@@ -119,18 +119,14 @@ class Dashboard(Callback):
         if trainer.world_size == 1 and (self._best is None or quality > self._best[0]):
             self._best = quality, trainer.current_epoch + 1, torch.cat(self._probabilities)
 
-    def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
-        """Write the final metrics of the run, and draw what its best checkpoint predicts for the validation images.
-
-        A figure that cannot be drawn is reported on stderr and left out: the run has its result.
+    def log_best(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
+        """Write the final metrics of the run.
 
         Args:
-            classifier: with that checkpoint's weights.
-            trainer: its logger receives metrics and figures.
+            trainer: its logger receives the metrics.
             record: the run's ``summary.json``.
         """
-        switches, writer, step = self.config.dashboard, writer_of(trainer), trainer.global_step
-        metrics = record["metrics"]
+        writer, step, metrics = writer_of(trainer), trainer.global_step, record["metrics"]
         # The HParams tab sorts by name, so these come before all other tags, the best val/acc first.
         final = {"acc": metrics["val/acc"], "acc5": metrics["val/acc5"], "test_acc": metrics.get("test/acc")}
         for key, value in {**final, "parameters": record["parameters"], "seconds": record["seconds"]}.items():
@@ -138,6 +134,19 @@ class Dashboard(Callback):
                 writer.add_scalar(f"best/{key}", value, step)
         _, _, end = summary.hparams({}, {})
         writer._get_file_writer().add_summary(end)
+        writer.flush()
+
+    def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
+        """Draw what the best checkpoint predicts for the validation images.
+
+        A figure that cannot be drawn is reported on stderr and left out: the run has its result.
+
+        Args:
+            classifier: with that checkpoint's weights.
+            trainer: its logger receives the figures.
+            record: the run's ``summary.json``.
+        """
+        switches, writer, step = self.config.dashboard, writer_of(trainer), trainer.global_step
         if switches.positions and classifier.net.pos_embed is not None:
             with warn_instead("positions"):
                 similarity = position_similarity(classifier.net).cpu().numpy()
@@ -154,6 +163,7 @@ class Dashboard(Callback):
                         figure = predictions.draw(name)
                         if figure is not None:
                             show(writer, name, figure, step)
+        writer.flush()
 
     def _best_predictions(self, classifier: ViTClassifier, best_epoch: int) -> Predictions:
         """The best checkpoint's predictions for the validation images, from its validation where they were kept."""

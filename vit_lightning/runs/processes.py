@@ -1,6 +1,7 @@
-"""One run in several processes, a device each: which of them this one is, and what they must agree on.
+"""Several processes that train one run, with a device each: what they agree on, and how Lightning starts them.
 
-Lightning starts the others of this machine itself; with ``torchrun``, on one machine or many, they are there already.
+Lightning starts the other processes of this machine itself; with ``torchrun``, on one machine or several, all of them
+are started before.
 """
 
 import os
@@ -12,11 +13,12 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from vit_lightning.config import Config
+from vit_lightning.data.module import ImageData
 from vit_lightning.keys import InputError
 
 
-def agree_on(run_dir: Path) -> Path:
-    """The first process's directory, for all of them: under ``torchrun`` each has been given one of its own."""
+def share_run_dir(run_dir: Path) -> Path:
+    """Return the first process's directory in every process: under ``torchrun`` each has been given its own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return run_dir
     if not dist.is_initialized():
@@ -25,38 +27,67 @@ def agree_on(run_dir: Path) -> Path:
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     names = [str(run_dir.resolve())]
     dist.broadcast_object_list(names)
-    agreed = Path(names[0])
-    if agreed != run_dir.resolve():
+    shared = Path(names[0])
+    if shared != run_dir.resolve():
         run_dir.rmdir()
-    return agreed
+    return shared
 
 
 def placement(config: Config) -> dict[str, Any]:
-    """Lightning's ``strategy``, ``devices`` and ``num_nodes``.
+    """Return Lightning's ``strategy``, ``devices`` and ``num_nodes``.
 
     Raises:
-        InputError: if the batches cannot be divided among so many processes, or these do not know of each other.
+        InputError: if batches cannot be divided among the processes, or these cannot find each other.
+    """
+    devices, nodes = count_devices(config)
+    strategy: str | Strategy = "auto"
+    if config.trainer.strategy == "ddp":
+        strategy = DDPStrategy(forward_sync_buffers=False)  # they are synchronised before each validation
+    elif config.trainer.strategy == "fsdp":
+        strategy = ModelParallelStrategy(
+            data_parallel_size=devices * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
+        )
+    return {"strategy": strategy, "devices": devices, "num_nodes": nodes, "use_distributed_sampler": False}
+
+
+def count_devices(config: Config) -> tuple[int, int]:
+    """Return the number of devices per machine, and of machines.
+
+    Raises:
+        InputError: as :func:`placement`.
     """
     trainer = config.trainer
     devices, nodes = trainer.devices, 1
     if "TORCHELASTIC_RUN_ID" in os.environ:
         if trainer.strategy == "auto":
-            raise InputError("torchrun starts several processes of one run, which needs trainer=ddp or trainer=fsdp")
+            raise InputError("torchrun starts several processes of one run; use trainer=ddp or trainer=fsdp")
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     elif trainer.strategy != "auto" and "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1:
         raise InputError(
-            f"srun has started {os.environ['SLURM_NTASKS']} tasks that do not know of each other; start torchrun "
-            "in one for each node: srun --ntasks-per-node=1 torchrun … -m vit_lightning.train trainer=ddp"
+            f"srun has started {os.environ['SLURM_NTASKS']} tasks that cannot find each other; start torchrun once "
+            "per node: srun --ntasks-per-node=1 torchrun … -m vit_lightning.train trainer=ddp"
         )
     elif devices == -1:
         devices = max(1, torch.cuda.device_count())
     config.check_processes(devices * nodes)
-    strategy: str | Strategy = "auto"
-    if trainer.strategy == "ddp":
-        strategy = DDPStrategy(forward_sync_buffers=False)  # before each validation is enough
-    elif trainer.strategy == "fsdp":
-        strategy = ModelParallelStrategy(
-            data_parallel_size=devices * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False
-        )
-    return {"strategy": strategy, "devices": devices, "num_nodes": nodes, "use_distributed_sampler": False}
+    return devices, nodes
+
+
+def check_splits(config: Config, data: ImageData) -> None:
+    """Check that every process gets a validation and a test image.
+
+    Raises:
+        InputError: if one would not.
+    """
+    devices, nodes = count_devices(config)
+    for split in ("val", "test"):
+        count = len(data.indices[split])
+        if count < devices * nodes:
+            raise InputError(f"{devices * nodes} processes need as many {split} images, and there are {count}")
+
+
+def lost_process(error: Exception) -> bool:
+    """Whether an error says that the connection to another process of the run was lost."""
+    text = str(error)
+    return isinstance(error, dist.DistError) or "Connection closed by peer" in text or "Connection reset" in text

@@ -1,148 +1,160 @@
-"""Which run a directory holds: a new one, one to go on with, or one that came to its end."""
+"""Which run a directory contains: a new one, an interrupted one to continue, or a finished one."""
 
 import contextlib
 import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
 
-from vit_lightning.config import Config
-from vit_lightning.files import unwritable
+from vit_lightning.config import Config, DashboardConfig
+from vit_lightning.data.module import ImageData
+from vit_lightning.files import RunFiles, cannot_write
 from vit_lightning.keys import InputError, Invocation, MachineError, flatten, sections
-from vit_lightning.runs.checkpoints import newest_sound
+from vit_lightning.recipe.weights import verify_checkpoint
+from vit_lightning.runs.checkpoints import latest_valid
 from vit_lightning.terminal import is_first, relative
 
-# What may be otherwise when a run goes on: where it runs, and what changes none of its numbers.
-FREE = (
-    *("trainer.accelerator", "trainer.strategy", "trainer.devices"),
-    *("trainer.enable_progress_bar", "save_minutes", "debug"),
-)
-LIMITS = ("trainer.max_epochs", "trainer.max_time", "target_acc", "target_acc5")  # what may be more when it goes on
+# The keys that may change when a run is resumed, because they change none of its numbers.
+MAY_CHANGE = {
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
+    *("data.root", "data.cache_dir", "data.eval_batch_size", "data.workers"),
+    *("compile", "test", "save_minutes", "debug"),
+    *(f"dashboard.{field.name}" for field in fields(DashboardConfig)),
+}
+# The keys that may be raised when a run is resumed.
+MAY_GROW = ("trainer.max_epochs", "trainer.max_time", "target_acc", "target_acc5")
 
 
 @dataclass(slots=True)
 class Run:
-    """A run as it stands.
+    """A run and its state.
 
     Attributes:
         config: its configuration.
-        folder: its directory.
-        checkpoint: what it goes on from; ``None`` from the start.
-        step: optimizer steps before that; ``None`` for a run that is new.
-        result: its best ``val/acc``, if it came to its end.
+        files: its files.
+        checkpoint: path of the checkpoint that it continues from; ``None`` if it starts from the beginning.
+        content: the content of that checkpoint.
+        step: number of optimizer steps before that; ``None`` for a new run.
+        result: its best ``val/acc``, if it is finished.
     """
 
     config: Config
-    folder: Path
+    files: RunFiles
     checkpoint: Path | None = None
+    content: dict[str, Any] | None = None
     step: int | None = None
     result: float | None = None
 
+    @property
+    def folder(self) -> Path:
+        """Its directory."""
+        return self.files.folder
+
 
 @contextlib.contextmanager
-def hold(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[Run]:
-    """The run that is asked for, whose directory no other process can write to from before it is looked at.
+def lock_run(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[Run]:
+    """Find the run that a configuration asks for, and keep other processes from writing to its directory.
 
     Args:
-        config: as asked for; ``config.resume`` may name the run's directory.
-        run_dir: new, or that of the same run, started earlier.
+        config: the configuration; ``config.resume`` may name the run's directory.
+        run_dir: a new directory, or that of the same run, started earlier.
         invocation: tells which keys were set on the command line.
 
     Raises:
-        InputError: if there is no such run, it cannot go on, or another process writes to it.
+        InputError: if there is no such run, it cannot be continued, or another process is writing to it.
         MachineError: if its directory cannot be written.
     """
     if config.resume is not None:
         with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra made it for a new run; one that is not empty is kept
+            run_dir.rmdir()  # Hydra has made it for a new run; fails, as it should, if it is not empty
         run_dir = Path(config.resume).expanduser()
-        if not (run_dir / "config.yaml").exists():
-            raise InputError(f"resume={config.resume} holds no run; name a run's directory, outputs/…")
-    lock = FileLock(run_dir / ".lock")
+        if not RunFiles(run_dir).config.exists():
+            raise InputError(f"resume={config.resume} is not the directory of a run, such as outputs/…")
+    files = RunFiles(run_dir)
+    lock = FileLock(files.lock)
     try:
         try:
             if is_first():
                 lock.acquire(timeout=0)
             run = find_run(config, run_dir, invocation)
         except Timeout as error:
-            raise InputError(
-                f"{relative(run_dir)} is being written by another process; wait for it or stop it"
-            ) from error
+            raise InputError(f"{relative(run_dir)} is in use by another process; wait for it or stop it") from error
         except OSError as error:
-            raise MachineError(unwritable(error, run_dir)) from error
+            raise MachineError(cannot_write(error, run_dir)) from error
         yield run
     finally:
         if lock.is_locked:
-            if not (run_dir / "config.yaml").exists():  # nothing came of it
-                (run_dir / ".lock").unlink(missing_ok=True)
+            if not files.config.exists():  # the run has not started
+                files.lock.unlink(missing_ok=True)
             lock.release()
 
 
 def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
-    """The run in ``run_dir``, which holds none yet, or the one that ``config`` asks for.
+    """The run of ``config.resume``; or the one in ``run_dir``, which is new if there is none.
 
     Raises:
-        InputError: if it is another one, or cannot go on.
+        InputError: if the directory contains another run, or one that cannot be continued.
     """
+    files = RunFiles(run_dir)
     if config.resume is not None:
-        return resumed(config, run_dir, invocation)
-    if not (run_dir / "config.yaml").exists():
-        return Run(config, run_dir)
-    if not same_run(config, saved_config(run_dir)):
-        cure = "choose a new hydra.run.dir, or in a sweep hydra.sweep.dir, or leave it out"
-        raise InputError(f"{relative(run_dir)} holds another run; {cure}")
-    if (run_dir / "summary.json").exists():
-        return Run(config, run_dir, result=json.loads((run_dir / "summary.json").read_text())["metrics"]["val/acc"])
-    return Run(config, run_dir, *sound_checkpoint(run_dir))
+        return find_resumed(config, files, invocation)
+    if not files.config.exists():
+        return Run(config, files)
+    saved = read_config(files)
+    ours, theirs = (flatten(asdict(each)) for each in (follow_saved(config, saved), saved))
+    if any(ours[key] != theirs[key] for key in theirs.keys() - MAY_CHANGE | {"test"}):
+        hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
+        raise InputError(f"{relative(run_dir)} contains another run; {hint}")
+    if files.summary.exists():
+        return Run(config, files, result=read_summary(files)["metrics"]["val/acc"])
+    return find_checkpoint(config, saved, files)
 
 
-def resumed(config: Config, folder: Path, invocation: Invocation) -> Run:
-    """The interrupted run in ``folder``: its own configuration, and of ``FREE`` and ``LIMITS`` what is set now.
-
-    With a higher limit it may also go on where it came to its end.
+def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run:
+    """The run of ``config.resume`` with its own configuration, and what ``config`` changes of it.
 
     Raises:
-        InputError: if the run is over, or ``config`` sets what it has otherwise.
+        InputError: if the run is finished, cannot be continued, or ``config`` sets a key that may not change.
     """
-    saved = saved_config(folder)
+    saved = read_config(files)
     given = follow_saved(replace(config, resume=None), saved)
     ours, theirs = flatten(asdict(given)), flatten(asdict(saved))
-    keys = keys_set(ours, invocation)
-    other = sorted(key for key in keys - {*FREE, *LIMITS} if ours[key] != theirs[key])
+    typed = keys_set(ours, invocation)
+    other = sorted(key for key in typed - MAY_CHANGE - set(MAY_GROW) if ours[key] != theirs[key])
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
-        raise InputError(f"resume=… goes on with the run's own configuration, {own}; leave {', '.join(other)} out")
+        raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
     for key, amount in (("trainer.max_epochs", int), ("trainer.max_time", seconds)):
-        if key in keys and amount(ours[key]) < amount(theirs[key]):
-            raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; give more, or leave it out")
-    if (folder / "summary.json").exists():
+        if key in typed and amount(ours[key]) < amount(theirs[key]):
+            raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; increase or remove it")
+    if files.summary.exists():
         epochs = saved.trainer.max_epochs
-        whole = json.loads((folder / "summary.json").read_text())["epochs"] == epochs
-        ended_by = [key for key in LIMITS if (key == "trainer.max_epochs") == whole and theirs[key] is not None]
-        if not any(key in keys and ours[key] != theirs[key] for key in ended_by):
+        all_epochs = read_summary(files)["epochs"] == epochs
+        ended_by = [key for key in MAY_GROW if (key == "trainer.max_epochs") == all_epochs and theirs[key] is not None]
+        if not any(key in typed and ours[key] != theirs[key] for key in ended_by):
             ends = " and ".join(f"{key}={theirs[key]}" for key in ended_by)
-            cure = f"trainer.max_epochs={2 * epochs}" if whole else "more of it"
-            raise InputError(
-                f"resume={config.resume} is a run that came to its end by {ends}; {cure} would go on with it"
-            )
-    checkpoint, step = sound_checkpoint(folder)
-    if checkpoint is None:
-        raise InputError(f"resume={config.resume} holds no checkpoints/last.ckpt; start the run anew")
-    now: dict[str, Any] = {key: ours[key] for key in (*FREE, *LIMITS) if key in keys}
-    trainer = {key.removeprefix("trainer."): value for key, value in now.items() if key.startswith("trainer.")}
-    others = {key: value for key, value in now.items() if not key.startswith("trainer.")}
-    config = replace(saved, trainer=replace(saved.trainer, **trainer), **others)
-    return Run(config, folder, checkpoint, step)
+            hint = f"trainer.max_epochs={2 * epochs}" if all_epochs else f"a higher {' or '.join(ended_by)}"
+            raise InputError(f"resume={config.resume} is already finished ({ends}); to extend it, set {hint}")
+    values = {key: ours[key] for key in typed & {*MAY_CHANGE, *MAY_GROW}}
+    parts: dict[str, Any] = {}
+    for name in sections(Config):
+        own_values = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{name}.")}
+        parts[name] = replace(getattr(saved, name), **own_values)
+    parts |= {key: value for key, value in values.items() if "." not in key}
+    run = find_checkpoint(replace(saved, **parts), saved, files)
+    if run.checkpoint is None:
+        raise InputError(f"resume={config.resume} has no {relative(files.last)} to continue from; start a new run")
+    return run
 
 
 def seconds(time: str | None) -> float:
-    """``trainer.max_time``, days:hours:minutes:seconds, as a number; infinite without limit."""
+    """``trainer.max_time``, as days:hours:minutes:seconds, in seconds; infinite if there is no limit."""
     if time is None:
         return math.inf
     days, hours, minutes, rest = map(int, time.split(":"))
@@ -150,68 +162,170 @@ def seconds(time: str | None) -> float:
 
 
 def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
-    """The keys that the command line sets, by name or by choosing a file of a group.
+    """The keys that a command line sets, by name or with a file of a group.
 
-    A file of ``model`` and the like sets its whole group; one of ``trainer`` what may be otherwise when a run goes on.
-    Beyond that it sets, as those do that reach across groups (``experiment``), what is not as it is by default; so
-    does, without a command line, the caller.
+    A file of a group sets the keys of that group; of those that may change, a file of ``data`` only those that differ
+    from their default, so that the run keeps its own directories. A file of ``trainer`` sets those that may change and
+    those that differ from their default, and a file of another group (``experiment``) whatever differs from its
+    default. The same holds for a caller from Python.
 
     Args:
-        ours: by key, the values that come of it.
+        ours: the values of all keys that result.
         invocation: the command line.
     """
     default = flatten(asdict(Config()))
     changed = {key for key in ours if ours[key] != default[key]}
     if invocation.overrides is None:
         return changed
-    typed = invocation.keys
-    keys = typed & ours.keys()
-    for group in typed - ours.keys():
+    keys = invocation.keys & ours.keys()
+    for group in invocation.keys - ours.keys():
         part = {key for key in ours if key.startswith(f"{group}.")}
-        keys |= part & {*FREE, *changed} if group == "trainer" else part or changed
+        if group == "trainer":
+            part &= MAY_CHANGE | changed
+        elif group == "data":
+            part -= MAY_CHANGE - changed
+        keys |= part or changed
     return keys
 
 
-def sound_checkpoint(run_dir: Path) -> tuple[Path | None, int]:
-    """The newest checkpoint of a run that is whole, and the steps before it; damaged ones are named on standard error.
+def find_checkpoint(config: Config, saved: Config, files: RunFiles) -> Run:
+    """A run that continues from its latest valid checkpoint; later ones are named on standard error.
+
+    Args:
+        config: the configuration to continue with.
+        saved: the configuration in the run's directory.
+        files: of the run.
 
     Raises:
-        InputError: if there are checkpoints, and all are damaged.
+        InputError: if all checkpoints are corrupt, they are not of this run, or its best weights are lost.
     """
-    checkpoint, step, wrong = newest_sound(run_dir / "checkpoints")
-    if wrong and checkpoint is None:
-        raise InputError(f"{'; '.join(wrong)}; there is no other, so start the run anew in another directory")
-    for message in wrong:
-        print(f"{message}; going on from {relative(checkpoint or run_dir)}", file=sys.stderr)
-    if wrong and is_first():  # else the next save would put it in the place of the sound one
-        (run_dir / "checkpoints" / "last.ckpt").replace(run_dir / "checkpoints" / "last-damaged.ckpt")
-    return checkpoint, step
+    checkpoint, content, problems = latest_valid(files)
+    if checkpoint is None:
+        if problems:
+            raise InputError(f"{'; '.join(problems)}; there is no other checkpoint, so start a new run")
+        return Run(config, files, step=0)
+    if is_first():
+        for problem in problems:
+            print(f"warning: {problem}; continuing from {relative(checkpoint)}", file=sys.stderr)
+        if problems:  # the next checkpoint would otherwise replace the valid one by this one
+            files.last.replace(files.damaged)
+    check_same_config(saved, content, files, checkpoint)
+    check_best(content, files, checkpoint)
+    return Run(config, files, checkpoint, content, content["global_step"])
 
 
-def saved_config(run_dir: Path) -> Config:
-    """The configuration that a run was started with.
+def check_same_config(saved: Config, content: dict[str, Any], files: RunFiles, checkpoint: Path) -> None:
+    """Check that a run's ``config.yaml`` is the one that its checkpoint was trained with.
 
     Raises:
-        InputError: if its file cannot be read, is damaged, or of another version.
+        InputError: if it was edited, or the checkpoint is another run's.
     """
-    path = run_dir / "config.yaml"
+    ours, theirs = asdict(saved), content.get("hyper_parameters", {})
     try:
-        saved = yaml.safe_load(path.read_text())
-        parts = {name: part(**saved.pop(name)) for name, part in sections(Config).items()}
+        trained = {
+            name: asdict(section(**theirs[name])) for name, section in sections(Config).items() if theirs.get(name)
+        }
+    except TypeError as error:  # a key that was renamed since
+        raise InputError(f"{relative(checkpoint)} is of another version; {version_hint(files)}") from error
+    if "seed" in theirs:
+        trained["seed"] = theirs["seed"]
+    known = flatten({name: ours[name] for name in trained})
+    for key, value in flatten(trained).items():
+        if key not in MAY_CHANGE and known[key] != value:
+            raise InputError(
+                f"{relative(files.config)} has {key}={known[key]}, but {relative(checkpoint)} was trained with "
+                f"{key}={value}; restore the original file or start a new run"
+            )
+
+
+def check_best(content: dict[str, Any], files: RunFiles, checkpoint: Path) -> None:
+    """Check that the best weights so far are there, before a run continues that will test them.
+
+    Raises:
+        InputError: if they are not.
+    """
+    rows = content.get("callbacks", {}).get("EpochRecorder", {}).get("rows", [])
+    if not any("val/acc" in row for row in rows):
+        return
+    try:
+        verify_checkpoint(files.best)
+    except (InputError, OSError) as error:
+        problem = f"{files.best} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+        raise InputError(
+            f"{problem}, so the best weights of this run are lost; start a new run, from its latest weights "
+            f"with checkpoint={relative(checkpoint)}"
+        ) from error
+
+
+def check_same_data(run: Run, data: ImageData) -> None:
+    """Check that the images are those that the run started with.
+
+    Raises:
+        InputError: if the classes, the images' digest, or if that is unknown their mean or deviation have changed.
+    """
+    assert run.content is not None
+    theirs = run.content.get("hyper_parameters", {})
+    now: dict[str, str] | None = getattr(data.arrays, "digest", None)
+    before: dict[str, str] | None = run.content.get("callbacks", {}).get("Saver", {}).get("digest")
+    changed = ["class names"] if theirs["class_names"] != data.class_names else []
+    if now and before:
+        changed += [f"{split} images" for split in now if now[split] != before.get(split)]
+    else:
+        for name, values in (("mean", data.mean.tolist()), ("std", data.std.tolist())):
+            pairs = zip(theirs[name], values, strict=False)  # the last bit may differ between machines
+            changed += [name] if not all(math.isclose(a, b, rel_tol=1e-6) for a, b in pairs) else []
+    if changed:
+        raise InputError(
+            f"the data set changed since this run started ({', '.join(changed)}); restore it or start a new run"
+        )
+
+
+def read_config(files: RunFiles) -> Config:
+    """Read the configuration of a run; keys that it lacks, because they are newer than the run, have their default.
+
+    Raises:
+        InputError: if the file cannot be read, is not a configuration, or has keys that this version does not know.
+    """
+    path = relative(files.config)
+    try:
+        saved = yaml.safe_load(files.config.read_text())
+        unknown = sorted(flatten(saved).keys() - flatten(asdict(Config())).keys() - sections(Config).keys())
+        if unknown:
+            raise InputError(f"{path} has {', '.join(unknown)}, unknown to this version; {version_hint(files)}")
+        parts = {name: section(**saved.pop(name, {})) for name, section in sections(Config).items()}
         return Config(**parts, **saved)
+    except InputError as error:
+        raise error if path in str(error) else InputError(f"{path}: {error}") from error
     except OSError as error:
-        raise InputError(f"{relative(path)} cannot be read ({error.strerror or error})") from error
-    except (yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
-        [reason, *_] = str(error).splitlines() or [type(error).__name__]
-        raise InputError(f"{relative(path)} is not the configuration of a run of this version ({reason})") from error
+        raise InputError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (yaml.YAMLError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not the configuration of a run; restore it or start a new run") from error
 
 
-def same_run(config: Config, saved: Config) -> bool:
-    """Whether ``config`` asks for the run of ``saved``."""
-    return follow_saved(replace(config, save_minutes=saved.save_minutes, debug=saved.debug), saved) == saved
+def read_summary(files: RunFiles) -> dict[str, Any]:
+    """Read the record of a finished run.
+
+    Raises:
+        InputError: if it is damaged.
+    """
+    try:
+        summary = json.loads(files.summary.read_text())
+        return {"metrics": {"val/acc": float(summary["metrics"]["val/acc"])}, "epochs": int(summary["epochs"])}
+    except (ValueError, LookupError, TypeError) as error:
+        name = relative(files.summary)
+        raise InputError(f"{name} is damaged; delete it, and the run is tested again when it is resumed") from error
+
+
+def version_hint(files: RunFiles) -> str:
+    """What to do about a run of another version, with the commit that made it if that is recorded."""
+    _, content, _ = latest_valid(files)
+    starts = content.get("callbacks", {}).get("EpochRecorder", {}).get("starts") or [{}]
+    commit = str(starts[-1].get("git_commit") or "").partition("+")[0]
+    made_with = f"the commit that made it (git checkout {commit[:12]})" if commit else "the version that made it"
+    return f"continue the run with {made_with}, or start a new run"
 
 
 def follow_saved(config: Config, saved: Config) -> Config:
-    """``config`` with the classes and channels of ``saved`` where it leaves them to the data."""
+    """``config`` with the classes and channels of ``saved``, where it leaves them to the data."""
     followed = {key: getattr(saved.model, key) for key in ("num_classes", "channels") if not getattr(config.model, key)}
     return replace(config, model=replace(config.model, **followed))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vit_lightning.analysis.figures import draw_sweep
+from vit_lightning.files import SUMMARY, save_figure
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import print_files, print_table, relative
 
@@ -47,7 +48,7 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
     Raises:
         InputError: if there is no run.
     """
-    runs = [run for path in sorted(directory.glob("**/summary.json")) if (run := read_run(path))]
+    runs = [run for path in sorted(directory.rglob(SUMMARY)) if (run := read_run(path))]
     if not runs:
         raise InputError(f"dir={directory} has no summary.json of a finished run")
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
@@ -92,7 +93,7 @@ def show(directory: Path) -> None:
             writer = csv.DictWriter(file, ("setting", *COLUMNS))
             writer.writeheader()
             writer.writerows(rows)
-        draw_sweep(rows).savefig(directory / "summary.png")
+        save_figure(draw_sweep(rows), directory / "summary.png")
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"dir={directory}: summary.csv and summary.png cannot be written ({reason})") from error
