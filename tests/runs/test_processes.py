@@ -1,4 +1,4 @@
-"""One run in two processes: as one command, and as two nodes that torchrun brings together."""
+"""One run in two processes: started by one command, and as two nodes by torchrun."""
 
 import csv
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import command, composed
+from conftest import command, composed, write_folder
 
 from vit_lightning.data.module import BatchIndices
 from vit_lightning.keys import InputError
@@ -48,7 +48,7 @@ def test_processes_share_every_batch(shuffle, count, batch, processes):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
-    """A directory with the same run in one process and in two, with nothing random in a step."""
+    """A directory with the same run in one process and in two, without randomness in a step."""
     start = tmp_path_factory.mktemp("runs")
     plain = [*TINY, *TWO[3:], "augment=none", "model.dropout=0", "model.head_dropout=0"]
     result = command("train", *plain, "trainer=cpu", "hydra.run.dir=one", cwd=start)
@@ -136,6 +136,31 @@ def test_a_run_moves_between_one_process_and_two_within_an_epoch(runs, name):
             assert float(row["train/acc"]) == pytest.approx(float(theirs["train/acc"]), abs=5 / 1280)
 
 
+def test_a_process_that_dies_ends_the_others_with_one_line(runs):
+    (runs / "one_dies.py").write_text(KILLED.replace("os._exit(9)", "trainer.strategy.launcher.procs[0].kill()"))
+    result = run("one_dies.py", *TINY, *TWO, "save_minutes=0", "hydra.run.dir=dies", cwd=runs)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: another process of this run ended; ")
+    assert line.endswith("; continue from step 45 with resume=dies")
+
+
+def test_processes_report_a_loss_of_nan_once(runs):
+    result = run("-m", "vit_lightning.train", *TINY, *TWO, "optim.lr=1e30", "hydra.run.dir=nan", cwd=runs)
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith("error: train/loss is ")
+    assert len(json.loads((runs / "nan" / "nan.json").read_text())["images"]) == 32
+
+
+def test_more_processes_than_images_are_refused(tmp_path):
+    write_folder(tmp_path / "images", {"a": (40, 2), "b": (40, 1)})
+    folder = ["data=image_folder", "data.root=images", *TINY[1:], *TWO, "trainer.devices=4"]
+    result = run("-m", "vit_lightning.train", *folder, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: 4 processes need as many test images, and there are 3\n"
+
+
 def test_two_nodes_of_torchrun_make_one_run(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,11 +203,15 @@ def test_what_does_not_go_together_is_said(arguments, message):
 @pytest.mark.parametrize(
     ("environment", "strategy", "message"),
     [
-        ({"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"}, "auto", "needs trainer=ddp"),
+        (
+            {"TORCHELASTIC_RUN_ID": "1", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4"},
+            "auto",
+            "use trainer=ddp or trainer=fsdp",
+        ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4"}, "ddp", "srun --ntasks-per-node=1 torchrun"),
     ],
 )
-def test_processes_that_make_no_run_are_refused(environment, strategy, message, monkeypatch):
+def test_processes_that_cannot_form_a_run_are_refused(environment, strategy, message, monkeypatch):
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match=message):

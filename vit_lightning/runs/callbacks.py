@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
+from torch import Tensor
 
 from vit_lightning.analysis.figures import draw_curves
 from vit_lightning.devices import memory, now
@@ -217,8 +219,8 @@ class StopAtNaN(Callback):
     """Ends a run whose loss is NaN or infinite, before the next checkpoint, and reports where.
 
     The loss is checked after every step on a CPU; on an accelerator, where each check waits for the device, it is
-    checked every few steps, so that the first bad step may be an earlier one. Of several processes, each with a bad
-    loss of its own reports it.
+    checked every few steps, so that the first bad step may be an earlier one. Of several processes, the first with a
+    bad loss is reported, by all of them.
 
     Args:
         run_dir: directory of ``nan.json``, which describes the step and its images.
@@ -243,28 +245,35 @@ class StopAtNaN(Callback):
         finite = bool(loss.isfinite())
         if trainer.strategy.reduce_boolean_decision(finite, all=True):  # together with the other processes
             return
-        if finite:
-            raise InputError("train/loss is NaN or infinite on another rank; see its message")
-        norm = total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)
+        report = None if finite else self._report(trainer, pl_module, loss, batch_idx)
+        reports = [report] * trainer.world_size
+        if trainer.world_size > 1:
+            dist.all_gather_object(reports, report)
+        report = next(item for item in reports if item)
+        if trainer.is_global_zero:
+            write_atomic(self.files.nan, json.dumps(report, indent=2) + "\n")
+        images = ", ".join(map(str, report["images"][:4]))
+        raise InputError(
+            f"train/loss is {report['loss']} at step {report['step']} "
+            f"(epoch {report['epoch']}, batch {report['batch']}: training images {images}, …), "
+            f"learning rate {report['learning_rate']:g}, gradient norm {float(report['gradient_norm']):g}; "
+            f"see {relative(self.files.nan)}; "
+            "try a lower learning rate or trainer.gradient_clip_val=1"
+        )
+
+    def _report(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor, batch_idx: int) -> dict[str, Any]:
+        """Describe the step and its images, by their indices into the source's training images."""
         loader = trainer.train_dataloader
         assert loader is not None
-        images = loader.sampler.batches()[batch_idx].tolist()
-        report = {
+        return {
             "loss": str(loss.item()),
             "step": trainer.global_step,
             "epoch": trainer.current_epoch + 1,
             "batch": batch_idx + 1,
             "learning_rate": self._lr,
-            "gradient_norm": str(norm),
-            "images": images,  # indices into the source's training images
+            "gradient_norm": str(total_norm(p.grad for p in pl_module.parameters() if p.grad is not None)),
+            "images": loader.sampler.batches()[batch_idx].tolist(),
         }
-        write_atomic(self.files.nan, json.dumps(report, indent=2) + "\n")
-        where = f"epoch {report['epoch']}, batch {batch_idx + 1}: training images {', '.join(map(str, images[:4]))}, …"
-        raise InputError(
-            f"train/loss is {report['loss']} at step {report['step']} ({where}), learning rate {self._lr:g}, "
-            f"gradient norm {norm:g}; see {relative(self.files.nan)}; "
-            "try a lower learning rate or trainer.gradient_clip_val=1"
-        )
 
 
 def metrics_of(row: dict[str, float]) -> dict[str, float]:

@@ -73,6 +73,8 @@ def resume_hint(files: RunFiles) -> Iterator[None]:
         sys.exit(EXIT_CODES.get(end.code, end.code))
     except (InputError, OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [""]
+        if not is_first() and (isinstance(error, InputError) or lost_process(error)):
+            sys.exit(1)  # the first process reports what all of them notice
         if isinstance(error, InputError):
             reason = str(error)
         elif lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:  # followed by the worker's traceback
@@ -82,7 +84,7 @@ def resume_hint(files: RunFiles) -> Iterator[None]:
         elif isinstance(error, OSError) and error.errno != errno.ENOMEM:
             reason = cannot_write(error, files.folder)
         elif lost_process(error):
-            reason = "another process of this run ended; see its message"
+            reason = "another process of this run ended; see its message, if there is one"
         else:
             raise
         checkpoint, content, _ = latest_valid(files)
