@@ -20,7 +20,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from PIL import Image
 
-from vit_lightning import cli
+from vit_lightning import cli, register
 from vit_lightning.config import Config, DataConfig
 from vit_lightning.schemas import SCHEMAS
 
@@ -51,6 +51,15 @@ def write_folder(root: Path, classes: dict[str, tuple[int, int]], side: int = 8)
             for index in range(count):
                 pixels = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index:03}.png")
+
+
+@pytest.fixture
+def registries(monkeypatch) -> None:
+    """Forget at the end of a test what it registers."""
+    for registry in vars(register).values():
+        if isinstance(registry, register.Registry):
+            for table in ("_owners", "_parts", "_settings"):
+                monkeypatch.setattr(registry, table, dict(getattr(registry, table)))
 
 
 @pytest.fixture

@@ -91,7 +91,10 @@ def test_an_experiments_choice_can_be_overridden():
         (["epochs=2"], "did you mean trainer.max_epochs?"),
         (["batch_size=2"], "did you mean data.batch_size?"),
         (["data.num_workers=2"], "did you mean data.workers?"),
-        (["trainer.accumulate_grad_batches=2"], "trainer.accumulate_grad_batches is not a key (trainer. has"),
+        (
+            ["trainer.enable_checkpointing=false"],
+            "trainer.enable_checkpointing is not a key: a run always saves itself",
+        ),
         (["patience=2"], "patience is not a key; --help lists the keys"),
         (
             ["--epochs", "3"],
@@ -189,14 +192,21 @@ small, share = st.integers(1, 3), st.floats(0, 0.9)
 OWN = {  # values that the declarations allow, where a network is to stay small or most would not go together
     "model": dict(
         image_size=st.sampled_from([8, 12, 16]), patch_size=st.sampled_from([2, 3, 4]), block=st.just("prenorm"),
-        stem_depth=st.integers(0, 2) | st.lists(st.integers(0, 2), max_size=1), layers=small, channels=st.none(),
+        options=st.just({}),
+        stem_depth=st.integers(0, 2) | st.lists(st.integers(0, 2), max_size=1), layers=small,
+        channels=st.none(),
         embed_dim=st.sampled_from([8, 12, 16, 24]), heads=st.sampled_from([1, 2, 3, 4]), num_classes=st.none(),
     ),
-    "data": dict(stored_size=st.none(), batch_size=st.integers(2, 8), eval_batch_size=st.integers(4, 8)),
-    "augment": dict(crop=st.integers(0, 3), mixup=st.just(0.0) | st.floats(0.1, 1), cutmix=st.just(0.0) | share),
+    "data": dict(
+        options=st.just({}), stored_size=st.none(), batch_size=st.integers(2, 8), eval_batch_size=st.integers(4, 8),
+    ),
+    "augment": dict(
+        options=st.just({}), crop=st.integers(0, 3), mixup=st.just(0.0) | st.floats(0.1, 1),
+        cutmix=st.just(0.0) | share, batch=st.just([]),
+    ),
     "optim": dict(
         betas=st.lists(share, min_size=2, max_size=2), small_size=st.none() | st.sampled_from([4, 6, 8]),
-        clock=st.just("steps"), ema=st.just(0.0) | share,
+        clock=st.just("steps"), options=st.just({}), freeze=st.just([]), ema=st.just(0.0) | share,
     ),
     "trainer": dict(
         devices=st.just(1), max_epochs=st.integers(2, 9), check_val_every_n_epoch=st.integers(1, 2),
@@ -204,15 +214,17 @@ OWN = {  # values that the declarations allow, where a network is to stay small 
         accelerator=st.just("cpu"),
         **{f"limit_{name}_batches": st.integers(1, 9) | st.floats(0.1, 1) for name in ("train", "val", "test")},
     ),
-    "": dict(resume=st.none(), checkpoint=st.none()),
+    "": dict(imports=st.just([]), resume=st.none(), checkpoint=st.none()),
 }  # fmt: skip
-LISTS = (list[int], list[float])
+LISTS = (list[int], list[float], list[str], dict[str, Any])
 WILD = {
     int: st.integers(-3, 70),
     float: st.floats(-2, 2) | st.sampled_from([math.nan, math.inf]),
     str: st.text(max_size=5) | st.sampled_from(["00:00:00:00", "1:00:00", "9999999999:00:00:00"]),
     bool: st.booleans(),
     list[int]: st.lists(st.integers(-1, 9), max_size=3),
+    list[str]: st.lists(st.text(max_size=3), max_size=2),
+    dict[str, Any]: st.dictionaries(st.text(max_size=3), st.integers(), max_size=1),
     list[float]: st.lists(st.floats(-1, 2), max_size=3),
     Any: st.integers(-3, 3) | st.lists(st.integers(-1, 3), max_size=3) | st.text(max_size=2),
 }
@@ -224,7 +236,8 @@ def values_of(declared: Field) -> st.SearchStrategy:
     kind = get_args(declared.type)[0] if type(None) in get_args(declared.type) else declared.type
     low, high = bounds["low"] or 0, 0.9 if bounds["below"] or bounds["high"] is None else bounds["high"]
     if bounds["choices"]:
-        values: st.SearchStrategy = st.sampled_from(bounds["choices"])
+        values: st.SearchStrategy = st.sampled_from(list(bounds["choices"]))
+        values = st.lists(values, unique=True) if kind == list[str] else values
     elif kind is bool:
         values = st.booleans()
     elif kind is int:

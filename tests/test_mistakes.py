@@ -314,7 +314,7 @@ def test_what_only_others_may_read_or_write_is_named(tmp_path, digits_run, folde
 
 @pytest.mark.parametrize("debug", [False, True])
 def test_a_process_ends_with_one_line_or_if_asked_with_a_traceback(tmp_path, debug):
-    arguments = [sys.executable, "-m", "vit_lightning.train", "model.heads=5", *["debug=true"] * debug]
+    arguments = [sys.executable, "-m", "vit_lightning.train", "model.heads=5", *["traceback=true"] * debug]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 1

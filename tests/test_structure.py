@@ -59,7 +59,8 @@ def test_imports_go_one_way(path):
 def test_a_network_needs_the_schema_alone():
     for path in (PACKAGE / "model").glob("*.py"):
         ours = {module for module, _ in imports(path) if module.startswith("vit_lightning")}
-        assert {module for module in ours if not module.startswith("vit_lightning.model")} <= {"vit_lightning.config"}
+        schema = {f"vit_lightning.{name}" for name in ("config", "keys", "register")}
+        assert {module for module in ours if not module.startswith("vit_lightning.model")} <= schema
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

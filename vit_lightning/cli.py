@@ -26,9 +26,10 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from vit_lightning import register
 from vit_lightning.config import Config
 from vit_lightning.files import ERROR, SUMMARY, write_atomic
-from vit_lightning.keys import InputError, Invocation, sections
+from vit_lightning.keys import InputError, Invocation, as_list, sections
 from vit_lightning.messages import MISTAKES, help_text, hint_for, one_line, unknown_key
 from vit_lightning.schemas import CONF, SCHEMAS
 from vit_lightning.terminal import relative
@@ -52,8 +53,13 @@ def run_command(name: str, task: str, text: str | None) -> None:
         text: what ``--help`` says first.
     """
     schema = SCHEMAS[name]
-    typed = sys.argv[1:]
+    typed = [re.sub(r"^(?=(\w+\.)?options\.)", "++", item) for item in sys.argv[1:]]  # settings of registered parts
     if {"--help", "-h"} & set(typed):
+        chosen = next((item.removeprefix("imports=") for item in typed if item.startswith("imports=")), "")
+        try:
+            register.load(chosen.strip("[]").split(",") if chosen else [])
+        except InputError as error:
+            sys.exit(f"error: {error}")
         print(help_text(name, text or ""))
         return
     for option in (item.partition("=")[0] for item in typed if re.match("--?[a-z]", item)):
@@ -80,7 +86,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
                 with contextlib.suppress(OSError):  # a directory that cannot be written
                     write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
                 return math.nan
-            if mistake and "debug=true" not in typed:
+            if mistake and "traceback=true" not in typed:
                 with contextlib.suppress(OSError):
                     run_dir.rmdir()  # fails, as it should, if the run has written something
                 sys.exit(one_line(error, schema, run_dir))
@@ -95,7 +101,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if "debug=true" in typed or (started and not isinstance(error, MISTAKES)):
+        if "traceback=true" in typed or (started and not isinstance(error, MISTAKES)):
             raise
         sys.exit(one_line(error, schema))
     finally:
@@ -180,7 +186,7 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
         name, value = setting.key_or_group, setting.value()
         if re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or ""):  # Hydra would call whatever it names
             raise InputError(f"{setting.input_line}: _target_ cannot be set; remove it")
-        if setting.is_add() and not name.startswith("hydra"):
+        if setting.is_add() and not name.startswith("hydra") and ".options." not in name:
             group, _, rest = name.rpartition(".")
             section = sections(schema).get(group) if group else schema
             if section is None or rest not in [field.name for field in fields(section)]:
@@ -212,6 +218,8 @@ def to_config(cfg: DictConfig, schema: type) -> Any:
     Raises:
         InputError: if a key is unknown (Hydra lets ``+typo=1`` pass), or a value or combination is not possible.
     """
+    imports = cfg.get("imports")
+    register.load(as_list(OmegaConf.to_object(imports) if OmegaConf.is_list(imports) else imports))
     for section, part in [(None, schema), *sections(schema).items()]:
         known = [field.name for field in fields(part)]
         for name in map(str, cfg if section is None else cfg[section] or ()):

@@ -10,10 +10,13 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
-from vit_lightning.keys import InputError, check_values, key
+from vit_lightning import register
+from vit_lightning.keys import InputError, as_list, check_values, key
 
 SEED = 2**32 - 1  # the largest that NumPy takes
 ACCELERATORS = ("auto", "cpu", "gpu", "mps")
+IMPORTS = "Your own modules or .py files, which register parts: one, or a list."
+TRACEBACK = "Show the traceback of a mistake."
 
 
 @dataclass(slots=True)
@@ -22,15 +25,15 @@ class ModelConfig:
 
     prefix: ClassVar[str] = "model."
 
-    block: str = key("prenorm", "Transformer block; blog is the tutorial's own.", choices=("prenorm", "blog"))
+    block: str = key("prenorm", "Transformer block; blog is the tutorial's own.", choices=register.block)
     image_size: int = key(72, "Side of the square images that the network sees, in pixels.", low=1)
-    patch_embed: str = key("unfold", "Linear map of each patch, or a convolutional stem.", choices=("unfold", "conv"))
+    patch_embed: str = key("unfold", "Linear map of each patch, or a convolutional stem.", choices=register.patch_embed)
     patch_size: int = key(6, "Side of a patch, in pixels; divides image_size; a power of two for conv.", low=1)
     stem_depth: Any = key(0, "Residual convolutions per stage of the stem but the last: one number, or a list.", low=0)
     stem_se: bool = key(False, "Squeeze-and-excitation in each residual convolution of the stem.")
     position: str = key("learned", "Position embedding.", choices=("learned", "rotary"))
     pool: str = key("cls", "What the head reads: a class token, or the patches' mean or learned mean.",
-                    choices=("cls", "mean", "attention"))  # fmt: skip
+                    choices=register.pool)  # fmt: skip
     registers: int = key(0, "Learned tokens that only the blocks use.", low=0)
     channels: int | None = key(None, "Channels of an image; null follows the data.", low=1)
     num_classes: int | None = key(None, "Number of classes; null follows the data.", low=1)
@@ -45,9 +48,11 @@ class ModelConfig:
     zero_init: bool = key(False, "Start the residual branches at zero.")
     mlp_head_units: list[int] = key([2048, 1024], "Hidden widths of the head; [] for a linear head.", low=1)
     head_dropout: float = key(0.5, "Dropout probability in the head.", low=0, below=1)
+    options: dict[str, Any] = key(dict, "Settings of registered blocks, patch embeddings and pools, by their name.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        register.check_options(self.prefix, self.options, register.block, register.patch_embed, register.pool)
         if self.embed_dim % self.heads:
             nearest = -(-self.embed_dim // self.heads) * self.heads
             raise InputError(
@@ -94,7 +99,7 @@ class DataConfig:
 
     prefix: ClassVar[str] = "data."
 
-    source: str = key("cifar100", "The data set.", choices=("cifar100", "cifar10", "digits", "image_folder"))
+    source: str = key("cifar100", "The data set.", choices=register.source)
     root: str = key("data", "Directory of downloads, or of image_folder's train/<class>/* and test/<class>/*.")
     cache_dir: str = key("data/cache", "Directory of the decoded images (uint8 arrays, memory-mapped).")
     stored_size: int | None = key(None, "Side at which image_folder keeps images, in pixels; null keeps square "
@@ -106,9 +111,11 @@ class DataConfig:
     batch_size: int = key(32, "Training images per step, over all devices.", low=1)
     eval_batch_size: int = key(256, "Images per step in validation and test.", low=1)
     workers: int = key(0, "Processes that load batches; 0 loads in the training process.", low=0)
+    options: dict[str, Any] = key(dict, "Settings of registered sources, by their name.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        register.check_options(self.prefix, self.options, register.source)
         if self.stored_size is not None and self.source != "image_folder":
             raise InputError(f"data.stored_size needs data.source=image_folder; remove it for {self.source}")
 
@@ -130,9 +137,13 @@ class AugmentConfig:
     cutmix: float = key(0.0, "The same for CutMix; with both, each image draws one of them.", low=0)
     mix_prob: float = key(1.0, "Probability that an image is mixed.", low=0, high=1)
     until: float = key(1.0, "Share of the run after which policy, erase, mixup and cutmix are off.", low=0, high=1)
+    batch: list[str] = key([], "Registered transforms of a normalised batch, in this order.",
+                           choices=register.augmentation)  # fmt: skip
+    options: dict[str, Any] = key(dict, "Settings of registered transforms, by their name.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        register.check_options(self.prefix, self.options, register.augmentation)
         for name in ("mixup", "cutmix"):
             if 0 < getattr(self, name) < 0.01:  # float32 cannot sample from such a distribution
                 raise InputError(f"augment.{name}={getattr(self, name)} must be 0 (off) or at least 0.01")
@@ -144,8 +155,8 @@ class OptimConfig:
 
     prefix: ClassVar[str] = "optim."
 
-    name: str = key("adamw", "muon uses Muon for the matrices of blocks and stem, AdamW for the rest.",
-                    choices=("adamw", "muon"))  # fmt: skip
+    name: str = key("adamw", "muon uses Muon for the matrices of blocks and stem, AdamW for the rest; or the name of "
+                    "a class of torch.optim or timm.optim, such as SGD.", choices=register.optimizer)  # fmt: skip
     lr: float = key(1e-3, "AdamW's peak learning rate.", low=0)
     muon_lr: float = key(0.02, "Muon's peak learning rate, before scaling by a matrix's shape.", low=0)
     ns_steps: int = key(5, "Newton-Schulz iterations of Muon.", low=1)
@@ -153,20 +164,29 @@ class OptimConfig:
     betas: list[float] = key([0.9, 0.999], "AdamW's two averaging coefficients.", low=0, below=1)
     decay_all: bool = key(False, "Decay norms, biases, tokens and positions too.")
     schedule: str = key("constant", "Shape of the learning rate after the warm-up; cosine and linear end at min_lr.",
-                        choices=("constant", "cosine", "linear"))  # fmt: skip
+                        choices=register.schedule)  # fmt: skip
     min_lr: float = key(0.0, "What cosine and linear end at, as a share of the peak learning rate.", low=0, high=1)
+    layer_decay: float = key(1.0, "Factor of the learning rate from each block to the one below it.", above=0, high=1)
+    freeze: list[str] = key(
+        [], "Parts of the network that are not trained: patch_embed, pos_embed, blocks.0 and so on."
+    )
     warmup: float = key(0.0, "Share of the run in which the learning rate rises from zero.", low=0, below=1)
     clock: str = key("steps", "What the schedule follows; time ends it at trainer.max_time on any machine.",
                      choices=("steps", "time"))  # fmt: skip
     small_size: int | None = key(None, "Side of the training images in the first part of the run; null for full size.",
                                  low=1)  # fmt: skip
     small_share: float = key(0.5, "That part, as a share of the run.", low=0, high=1)
+    loss: str = key("cross_entropy", "The loss in training; bce is binary cross-entropy of each class. val/loss is "
+                    "always the cross-entropy.", choices=register.loss)  # fmt: skip
     label_smoothing: float = key(0.0, "Share of a label spread over all classes.", low=0, below=1)
     ema: float = key(0.0, "Decay of the moving average of the weights that is validated and kept; 0 for none.",
                      low=0, below=1)  # fmt: skip
+    options: dict[str, Any] = key(dict, "Settings of registered optimizers, schedules and losses, or arguments of an "
+                                  "optimizer's class, by name, as in optim.options.SGD.momentum=0.9.")  # fmt: skip
 
     def __post_init__(self) -> None:
         check_values(self)
+        register.check_options(self.prefix, self.options, register.schedule, register.loss, register.optimizer)
         if len(self.betas) != 2:
             raise InputError(f"optim.betas={self.betas} must be two numbers, as in optim.betas=[0.9,0.999]")
 
@@ -182,20 +202,40 @@ class TrainerConfig:
                         choices=("auto", "ddp", "fsdp"))  # fmt: skip
     devices: int = key(1, "Devices of this machine, one process each; -1 for all GPUs.")
     precision: str = key("32-true", "auto uses mixed precision where the device has instructions for it.",
-                         choices=("32-true", "16-mixed", "bf16-mixed", "auto"))  # fmt: skip
+                         choices=("auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"),
+                         )  # fmt: skip
     max_epochs: int = key(100, "Passes over the training images.", low=1)
+    min_epochs: int | None = key(None, "Passes before a target or another callback may end the run.", low=1)
+    max_steps: int | None = key(None, "Most optimizer steps, if they end the run before max_epochs.", low=1)
+    min_steps: int | None = key(None, "Optimizer steps before a target or another callback may end the run.", low=1)
     max_time: str | None = key(None, "Longest time to train, as DD:HH:MM:SS.")
+    accumulate_grad_batches: int = key(1, "Batches whose gradients are averaged for one optimizer step.", low=1)
     gradient_clip_val: float | None = key(None, "Largest norm of all gradients together; null for no clipping.", low=0)
+    gradient_clip_algorithm: str = key("norm", "Clip the norm, or each value.", choices=("norm", "value"))
+    fast_dev_run: int = key(0, "A trial of everything a run does: one epoch of so many batches; 0 for none.", low=0)
+    overfit_batches: int = key(0, "Train on so many fixed batches, and validate on as many; 0 for all.", low=0)
     limit_train_batches: int | float = key(1.0, "Batches per epoch: a number (int) or a share (float) of them.")
-    limit_val_batches: int | float = key(1.0, "The same for validation.")
+    limit_val_batches: int | float = key(1.0, "The same for validation; 0 for none, which keeps the last weights.")
     limit_test_batches: int | float = key(1.0, "The same for the test.")
+    num_sanity_val_steps: int = key(0, "Batches of validation before training, to find mistakes in it early.", low=0)
     check_val_every_n_epoch: int = key(1, "Epochs from one validation to the next.", low=1)
     log_every_n_steps: int = key(50, "Steps between two points of a curve with one point per step.", low=1)
     deterministic: bool = key(True, "Use only kernels that repeat a run bit for bit.")
+    benchmark: bool | None = key(None, "Let cuDNN choose the fastest kernels; null: unless deterministic.")
+    inference_mode: bool = key(True, "Validate under torch.inference_mode; false uses torch.no_grad.")
+    sync_batchnorm: bool = key(False, "Synchronise batch norms over the processes of a run.")
+    detect_anomaly: bool = key(False, "Report the operation whose gradient is NaN; slow.")
+    profiler: str | None = key(None, "Write the time of each part of a run to its directory.",
+                               choices=("simple", "advanced", "pytorch"))  # fmt: skip
     enable_progress_bar: bool = key(True, "Show a progress bar on a terminal.")
 
     def __post_init__(self) -> None:
         check_values(self)
+        if self.fast_dev_run:
+            self.max_epochs = self.check_val_every_n_epoch = 1
+            self.limit_train_batches = self.limit_val_batches = self.limit_test_batches = int(self.fast_dev_run)
+        if self.overfit_batches:
+            self.limit_val_batches = self.overfit_batches
         if self.devices < 1 and self.devices != -1:
             raise InputError(f"trainer.devices={self.devices} must be at least 1, or -1 for all GPUs")
         if self.strategy == "auto" and self.devices != 1:
@@ -214,6 +254,8 @@ class TrainerConfig:
             )
         for name in ("train", "val", "test"):
             limit = getattr(self, f"limit_{name}_batches")
+            if limit == 0 and name == "val":
+                continue
             if not limit > 0 or (isinstance(limit, float) and limit > 1):  # NaN fails the first comparison
                 raise InputError(
                     f"trainer.limit_{name}_batches={limit} must be a number of batches (at least 1) or a share "
@@ -259,10 +301,13 @@ class Config:
                              "trainer.max_epochs, trainer.max_time or a higher target extends it.")  # fmt: skip
     compile: bool = key(False, "Compile the network with torch.compile.")
     save_minutes: float | None = key(5.0, "Minutes between checkpoints within an epoch; null for none there.", low=0)
-    debug: bool = key(False, "Show the traceback of a mistake.")
+    metrics: list[str] = key([], "Metrics besides the loss, top-1 and top-5.", choices=register.metric)
+    imports: Any = key(list, IMPORTS)
+    traceback: bool = key(False, TRACEBACK)
 
     def __post_init__(self) -> None:
         check_values(self)
+        self.imports = as_list(self.imports)
         check_checkpoint(self.checkpoint)
         small, model = self.optim.small_size, self.model
         if small is not None and (small % model.patch_size or small > model.image_size):

@@ -4,8 +4,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from dataclasses import Field, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from typing import Any, get_args
 
 
@@ -23,7 +23,7 @@ class MachineError(InputError):
 def key(
     default: Any,
     text: str,
-    choices: tuple[str, ...] = (),
+    choices: Collection[str] = (),
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
@@ -34,7 +34,7 @@ def key(
     Args:
         default: its default value; a list is copied for every instance.
         text: what it means, in one sentence.
-        choices: the values it may take.
+        choices: the values it may take, or the :class:`~vit_lightning.register.Registry` of parts to choose from.
         low: smallest value, or smallest element of a list.
         high: largest value.
         above: a value that it must exceed.
@@ -58,16 +58,22 @@ def check_values(section: Any) -> None:
             continue  # a section of its own
         value = getattr(section, declared.name)
         for item in value if isinstance(value, list) else [value]:
-            problem = _problem(declared, item)
+            problem = problem_of(declared, item)
             if problem:
                 raise InputError(f"{section.prefix}{declared.name}={value} {problem}")
 
 
-def _problem(declared: Field, value: Any) -> str | None:
+def default_of(declared: Field) -> Any:
+    """The default value of a key."""
+    return declared.default_factory() if declared.default_factory is not MISSING else declared.default
+
+
+def problem_of(declared: Field, value: Any) -> str | None:
     """What is wrong with a value of a key, if anything."""
     range_ = declared.metadata
-    if range_["choices"] and value not in range_["choices"]:
-        return f"is not known; choose one of {', '.join(range_['choices'])}"
+    choices = range_["choices"]
+    if choices != () and value not in choices and not (value is None and declared.default is None):
+        return f"is not known; choose one of {getattr(choices, 'choices', None) or ', '.join(choices) or 'none'}"
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     if not math.isfinite(value):
@@ -102,6 +108,11 @@ class Invocation:
     def keys(self) -> set[str]:
         """The keys and groups that the command line sets."""
         return {item.lstrip("+~").partition("=")[0].partition("@")[0] for item in self.overrides or ()}
+
+
+def as_list(value: Any) -> list[str]:
+    """One or more names as a list."""
+    return [str(item) for item in (value if isinstance(value, list) else [value]) if item]
 
 
 def from_python() -> Invocation:

@@ -5,7 +5,7 @@ import json
 import re
 import sys
 import textwrap
-from dataclasses import MISSING, Field, fields
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from vit_lightning.keys import InputError, sections
+from vit_lightning.keys import InputError, default_of, sections
 from vit_lightning.schemas import CONF, SCHEMAS, SearchRun, options_of
 
 MISTAKES = (InputError, OmegaConfBaseException, OSError)  # end in one line instead of a traceback
@@ -53,6 +53,26 @@ ALIASES = {  # what users of Lightning, timm, Hugging Face and lightning-hydra-t
     **dict.fromkeys(("ckpt_path", "resume_from_checkpoint", "resume_from", "resume_path"), "resume"),
     **dict.fromkeys(("init_from", "initial_checkpoint", "weights", "pretrained", "model_path"), "checkpoint"),
     **dict.fromkeys(("random_seed", "random_state", "manual_seed"), "seed"),
+}
+
+
+# Arguments of lightning.Trainer that a run sets itself: why, and what to use instead.
+TRAINERS_OWN = {
+    "enable_checkpointing": "a run always saves itself; save_minutes=null leaves out checkpoints within an epoch",
+    "val_check_interval": "a run is validated and saved at the end of an epoch; for shorter epochs use "
+    "trainer.limit_train_batches=0.25",
+    "enable_model_summary": "a run prints its layers itself",
+    "limit_predict_batches": "predict takes the images that it is given",
+    "default_root_dir": "use hydra.run.dir",
+    "use_distributed_sampler": "every process gets its share of the images anyway",
+    "reload_dataloaders_every_n_epochs": "the images of a run do not change",
+    "num_nodes": "use torchrun --nnodes",
+    "barebones": "use python -m vit_lightning.benchmark to measure the speed",
+    "plugins": "use trainer.precision and trainer.strategy",
+    "callbacks": "use the group callbacks, as in callbacks=early_stopping",
+    "logger": "use the group logger, as in logger=csv",
+    "enable_autolog_hparams": "hyper-parameters are always logged",
+    "model_registry": "it needs Lightning's cloud",
 }
 
 
@@ -94,7 +114,7 @@ def _key_lines(declared: Any, prefix: str) -> list[str]:
 
 def key_default(field: Field) -> str:
     """``layers=8``; with choices ``pool=cls|mean|attention``, the default first."""
-    default = field.default_factory() if field.default_factory is not MISSING else field.default
+    default = default_of(field)
     others = [choice for choice in field.metadata["choices"] if choice != default]
     shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
     return f"{field.name}={'|'.join([shown, *others])}"
@@ -159,6 +179,8 @@ def _hydra_message(error: Exception, schema: type) -> str:
 def unknown_key(name: str, schema: type) -> str:
     known = {group: [field.name for field in fields(section)] for group, section in sections(schema).items()}
     group, dot, _ = name.partition(".")
+    if group == "trainer" and name.removeprefix("trainer.") in TRAINERS_OWN:
+        return f"{name} is not a key: {TRAINERS_OWN[name.removeprefix('trainer.')]}"
     if group == "hydra":
         return f"{name} is not a key; --cfg hydra lists Hydra's own"
     if group == "space" and dot and schema is SearchRun:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vit_lightning.config import ACCELERATORS, SEED, Config, DataConfig, check_checkpoint
-from vit_lightning.keys import InputError, check_values, key
+from vit_lightning.config import ACCELERATORS, IMPORTS, SEED, TRACEBACK, Config, DataConfig, check_checkpoint
+from vit_lightning.keys import InputError, as_list, check_values, key
 
 
 @dataclass(slots=True)
@@ -116,10 +116,12 @@ class EvaluateConfig:
     split: str = key("test", "The images to count.", choices=("train", "val", "test"))
     tta: bool = key(False, TTA)
     accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
-    debug: bool = key(False, "Show the traceback of a mistake.")
+    imports: Any = key(list, IMPORTS)
+    traceback: bool = key(False, TRACEBACK)
 
     def __post_init__(self) -> None:
         check_values(self)
+        self.imports = as_list(self.imports)
         check_checkpoint(self.checkpoint)
 
 
@@ -135,11 +137,13 @@ class PredictConfig:
     attention: bool = key(False, "Draw where the network looks in the first 24 images.")
     tta: bool = key(False, TTA)
     accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
-    debug: bool = key(False, "Show the traceback of a mistake.")
+    imports: Any = key(list, IMPORTS)
+    traceback: bool = key(False, TRACEBACK)
 
     def __post_init__(self) -> None:
         check_values(self)
-        self.images = [str(item) for item in (self.images if isinstance(self.images, list) else [self.images]) if item]
+        self.imports = as_list(self.imports)
+        self.images = as_list(self.images)
         if not self.images:
             raise InputError("images= is empty; name files, directories or globs, as in images=photos")
         check_checkpoint(self.checkpoint)
@@ -157,10 +161,12 @@ class ExportConfig:
     data: DataConfig | None = None  # with safetensors, what the network was trained on, if its record differs
     licence: str = key("", "With safetensors, a note on what the weights may be used for.")
     seconds: float = key(1.0, "How long each speed is measured.", low=0)
-    debug: bool = key(False, "Show the traceback of a mistake.")
+    imports: Any = key(list, IMPORTS)
+    traceback: bool = key(False, TRACEBACK)
 
     def __post_init__(self) -> None:
         check_values(self)
+        self.imports = as_list(self.imports)
         check_checkpoint(self.checkpoint)
 
 

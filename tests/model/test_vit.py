@@ -1,5 +1,7 @@
 """The network, against implementations that are not ours."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +9,11 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torchvision.models import VisionTransformer
 
+from vit_lightning import register
 from vit_lightning.config import ModelConfig
+from vit_lightning.keys import InputError, key
 from vit_lightning.model.layers import resize_positions
-from vit_lightning.model.vit import BLOCKS, Attention, BlogBlock, PreNormBlock, ViT
+from vit_lightning.model.vit import Attention, BlogBlock, PreNormBlock, ViT
 
 
 def default_config(**changes) -> ModelConfig:
@@ -305,23 +309,52 @@ def test_images_of_another_size_resize_the_positions(model):
     torch.testing.assert_close(large(images), small(images))
 
 
-def test_a_norm_follows_the_last_block_unless_the_block_declines_it(monkeypatch):
-    """A registered block that does not mention the final norm gets one."""
-
-    class Doubling(nn.Module):
-        def __init__(self, config, drop_path):
+@pytest.fixture
+def scaling(registries) -> None:
+    @register.block("scaling", by=key(2.0, "Factor.", above=0))
+    class Scaling(nn.Module):
+        def __init__(self, config, drop_path, by):
             super().__init__()
+            self.by = by
 
-        def forward(self, x, queries=None, rotation=None):
-            return 2 * x[:, :queries]
+        def forward(self, x):
+            return self.by * x
 
-    monkeypatch.setitem(BLOCKS, "prenorm", Doubling)
-    net = ViT(small_config(mlp_head_units=[]))
+
+@pytest.mark.usefixtures("scaling")
+def test_a_norm_follows_the_last_block_unless_the_block_declines_it():
+    """A registered block needs to take nothing but tokens, and gets the final norm without mentioning it."""
+    net = ViT(small_config(block="scaling", options={"scaling": {"by": 3}}, mlp_head_units=[]))
+    assert [block.by for block in net.blocks] == [3] * len(net.blocks)
     net.head = nn.Identity()
     torch.testing.assert_close(
         net(torch.randn(5, 3, 15, 15)).std(dim=1, correction=0), torch.ones(5), rtol=0.01, atol=0
     )
     assert isinstance(ViT(small_config(block="blog")).norm, nn.Identity)
+
+
+@pytest.mark.usefixtures("scaling")
+def test_rotary_positions_need_a_block_that_rotates():
+    with pytest.raises(InputError, match="position=rotary needs a block whose forward takes rotation, not scaling"):
+        ViT(small_config(block="scaling", position="rotary", embed_dim=16, heads=4))
+
+
+@pytest.mark.usefixtures("scaling")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": {"by": 0.0}}, "model.options.scaling.by=0.0 must be greater than 0"),
+        ({"scaling": {"by": "a"}}, "model.options.scaling.by=a must be of type float"),
+        ({"scaling": {"by": True}}, "model.options.scaling.by=True must be of type float"),
+        ({"scaling": {"to": 1.0}}, "model.options.scaling.to is not a setting of scaling; it has by"),
+        ({"scaling": 3}, "model.options.scaling=3 must be settings, as in model.options.scaling.x=1"),
+        ({"blog": {"by": 1.0}}, "model.options.blog.by is not a setting of blog; it has no settings"),
+        ({"mystery": {}}, "model.options.mystery is not a registered part"),
+    ],
+)
+def test_settings_of_registered_parts_are_checked(options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        small_config(block="scaling", options=options)
 
 
 def test_states_of_earlier_versions_are_loaded():

@@ -410,7 +410,7 @@ ArrayDataset.__getitem__ = dying
 runpy.run_module("vit_lightning.train", run_name="__main__", alter_sys=True)
 """
     (tmp_path / "dying.py").write_text(script)
-    arguments = [sys.executable, str(tmp_path / "dying.py"), *TINY, "data.workers=2"]
+    arguments = [sys.executable, str(tmp_path / "dying.py"), *TINY, "data.workers=1"]
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1
     [line] = result.stderr.splitlines()
@@ -514,8 +514,8 @@ def test_a_resumed_run_keeps_what_makes_its_numbers(own, arguments, message):
         (["trainer=default"], {"trainer.accelerator": "auto"}),
         (["data.root=there", "data.cache_dir=cache", "data.workers=2"],
          {"data.root": "there", "data.cache_dir": "cache", "data.workers": 2}),
-        (["data.eval_batch_size=8", "compile=true", "test=false", "debug=true"],
-         {"data.eval_batch_size": 8, "compile": True, "test": False, "debug": True}),
+        (["data.eval_batch_size=8", "compile=true", "test=false", "traceback=true"],
+         {"data.eval_batch_size": 8, "compile": True, "test": False, "traceback": True}),
         (["dashboard.batch=true", "dashboard.text=false"], {"dashboard.batch": True, "dashboard.text": False}),
         (["save_minutes=5", "trainer.max_epochs=200"], {"save_minutes": 5, "trainer.max_epochs": 200}),
     ],

@@ -1,13 +1,16 @@
 """Layers that are independent of the block: dropout, scales, positions, pooling and the head.
 
-Axes as in :mod:`vit_lightning.model.vit`.
+Axes as in :mod:`vit_lightning.model.vit`. A pool is built from D; its attribute ``class_token`` (default: False) says
+whether it receives the class token instead of the patches.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vit_lightning import register
 
 
 class Dropout(nn.Dropout):
@@ -91,6 +94,7 @@ def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
     return torch.cat([kept, matrix.view(n**2, side**2).T.to(grid.dtype) @ grid], dim=1)
 
 
+@register.pool("cls")
 class ClassTokenPool(nn.Module):
     """Select the class token, which the network prepends to the patches."""
 
@@ -104,6 +108,7 @@ class ClassTokenPool(nn.Module):
         return x.squeeze(1)
 
 
+@register.pool("mean")
 class MeanPool(nn.Module):
     """Average the patches."""
 
@@ -115,6 +120,7 @@ class MeanPool(nn.Module):
         return x.mean(dim=1)
 
 
+@register.pool("attention")
 class AttentionPool(nn.Module):
     """Average the patches with learned weights: sequence pooling (Hassani et al., 2021, arXiv:2104.05704, 3.2)."""
 
@@ -125,11 +131,6 @@ class AttentionPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, D)."""
         return (self.score(x).softmax(dim=1).transpose(1, 2) @ x).squeeze(1)
-
-
-# By the values of model.pool. A pool is built from D; its attribute ``class_token`` (default: False) says whether it
-# receives the class token instead of the patches.
-POOLS: dict[str, Callable[[int], nn.Module]] = {"cls": ClassTokenPool, "mean": MeanPool, "attention": AttentionPool}
 
 
 def mlp_head(dim: int, units: Sequence[int], num_classes: int, dropout: float) -> nn.Sequential:

@@ -1,16 +1,16 @@
-"""Patch embeddings: from images to tokens.
+"""Patch embeddings: from images (B, C, S, S) to tokens (B, (S / P)², D). Each is built from the configuration.
 
 Axes as in :mod:`vit_lightning.model.vit`; h and w are the height and width of a feature map.
 """
 
 import itertools
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import SqueezeExcitation
 
+from vit_lightning import register
 from vit_lightning.config import ModelConfig
 
 
@@ -27,6 +27,7 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
     return F.unfold(images, patch_size, stride=patch_size).transpose(1, 2)
 
 
+@register.patch_embed("unfold")
 class PatchEmbed(nn.Linear):
     """A linear map of each patch's pixels (Dosovitskiy et al., 2021, equation 1)."""
 
@@ -61,6 +62,7 @@ class ResidualConv(nn.Sequential):
         return x + super().forward(x)
 
 
+@register.patch_embed("conv")
 class ConvStem(nn.Sequential):
     """A convolutional stem: stages that halve the image until each pixel is a token.
 
@@ -93,6 +95,3 @@ class ConvStem(nn.Sequential):
         """(B, C, S, S) to (B, (S / P)², D)."""
         images = images.contiguous(memory_format=torch.channels_last)  # the faster layout for convolutions
         return super().forward(images).flatten(2).transpose(1, 2)
-
-
-PATCH_EMBEDS: dict[str, Callable[[ModelConfig], nn.Module]] = {"unfold": PatchEmbed, "conv": ConvStem}

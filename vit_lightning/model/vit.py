@@ -10,7 +10,7 @@ Axes:
     P  patch size         K  width of a head (D / H)
 """
 
-from collections.abc import Callable
+import inspect
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
+from vit_lightning import register
 from vit_lightning.config import ModelConfig
+from vit_lightning.keys import InputError
 from vit_lightning.model.layers import (
-    POOLS,
     Dropout,
     LayerScale,
     learned_tokens,
@@ -29,7 +30,6 @@ from vit_lightning.model.layers import (
     rotary_angles,
     rotate,
 )
-from vit_lightning.model.stems import PATCH_EMBEDS
 
 NORM_EPS = 1e-6
 
@@ -89,6 +89,7 @@ class Attention(nn.Module):
         return x.unflatten(2, (x.shape[2] // D, self.heads, D // self.heads)).permute(2, 0, 3, 1, 4).unbind()
 
 
+@register.block("prenorm")
 class PreNormBlock(nn.Module):
     """``x + drop(attn(norm1(x)))``, then ``x + mlp(norm2(x))``.
 
@@ -120,6 +121,7 @@ class PreNormBlock(nn.Module):
         return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
 
 
+@register.block("blog")
 class BlogBlock(nn.Module):
     """The tutorial's block: ``a = norm_in(x)``, ``h = norm_1(x + drop(attn(a)))``, ``norm_2(h + ffn(h))``.
 
@@ -147,16 +149,15 @@ class BlogBlock(nn.Module):
         return self.norm_2(h + self.ffn(h))
 
 
-# By the values of model.block. A block is built from the configuration and its drop-path rate; its attribute
-# ``final_norm`` (default: True) says whether a norm follows the last block.
-BLOCKS: dict[str, Callable[[ModelConfig, float], nn.Module]] = {"prenorm": PreNormBlock, "blog": BlogBlock}
-
-
 class ViT(nn.Module):
     """Vision Transformer classifier: patches, position embedding, blocks, pooling and an MLP head.
 
     By default the head reads a class token in front of the patches; ``config.pool`` selects an average of the patches
     instead. Register tokens (Darcet et al., 2024, https://arxiv.org/abs/2309.16588) follow the patches.
+
+    A registered block is built from the configuration and its drop-path rate, and maps tokens (B, N, D) to (B, N, D).
+    Its ``forward`` may also take ``rotation``, for rotary positions, and ``queries``, the number of leading tokens
+    whose output is needed; its attribute ``final_norm`` (default: True) says whether a norm follows the last block.
 
     Two defects of the tutorial are fixed: all images share one class token, so that a prediction does not depend on the
     batch; and tokens and positions are initialised by a truncated normal distribution of standard deviation 0.02.
@@ -174,9 +175,8 @@ class ViT(nn.Module):
         self.channels = config.channels
         D = config.embed_dim
         self.side = config.image_size // config.patch_size  # patches along a side of the image
-        block, pool = BLOCKS[config.block], POOLS[config.pool]
-        self.patch_embed = PATCH_EMBEDS[config.patch_embed](config)
-        self.first = int(getattr(pool, "class_token", False))  # tokens before the patches
+        self.patch_embed = register.patch_embed.build(config.patch_embed, config.options, config)
+        self.first = int(getattr(register.pool[config.pool], "class_token", False))  # tokens before the patches
         self.cls_token = learned_tokens(self.first, D)
         self.registers = learned_tokens(config.registers, D)
         self.pos_embed = learned_tokens(self.first + self.side**2 if config.position == "learned" else 0, D)
@@ -184,20 +184,28 @@ class ViT(nn.Module):
         angles = None if self.rotary is None else rotary_angles(self.side, *self.rotary)
         self.register_buffer("rotation", angles, persistent=False)
         rates = torch.linspace(0, config.drop_path, config.layers).tolist()  # rises with depth
-        self.blocks = nn.ModuleList(block(config, rate) for rate in rates)
-        self.norm = nn.LayerNorm(D, eps=NORM_EPS) if getattr(block, "final_norm", True) else nn.Identity()
-        self.pool = pool(D)
+        self.blocks = nn.ModuleList(register.block.build(config.block, config.options, config, rate) for rate in rates)
+        last = self.blocks[-1]
+        self.norm = nn.LayerNorm(D, eps=NORM_EPS) if getattr(last, "final_norm", True) else nn.Identity()
+        self.takes = inspect.signature(last.forward).parameters.keys() & {"queries", "rotation"}
+        if self.rotary is not None and "rotation" not in self.takes:
+            raise InputError(f"model.position=rotary needs a block whose forward takes rotation, not {config.block}")
+        self.pool = register.pool.build(config.pool, config.options, D)
         self.head = mlp_head(D, config.mlp_head_units, config.num_classes, config.head_dropout)
         self.register_load_state_dict_pre_hook(upgrade_state)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits of normalised images.
+        """Compute the logits (B, num_classes) of normalised images, as :meth:`forward_features` takes them."""
+        return self.head(self.pool(self.forward_features(images)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Compute the tokens that are pooled, after the final norm.
 
         Args:
             images: (B, C, s, s), where s is a multiple of P; positions are resized if it is not S.
 
         Returns:
-            (B, num_classes).
+            (B, 1, D) with a class token, else (B, (s / P)², D).
         """
         x = self.patch_embed(images)  # (B, patches, D)
         side = images.shape[-1] // self.patch_size
@@ -210,13 +218,14 @@ class ViT(nn.Module):
             x = x + resize_positions(self.pos_embed, side, self.first)
         if self.registers is not None:
             x = torch.cat([x, self.registers.expand(x.shape[0], -1, -1)], dim=1)  # (B, N, D)
+        more: dict[str, Any] = {"rotation": rotation} if self.rotary is not None else {}
         for block in self.blocks[:-1]:
-            x = block(x, rotation=rotation)  # (B, N, D)
-        # The last block computes only the tokens that are pooled: the class token, or else the patches.
+            x = block(x, **more)  # (B, N, D)
+        # The last block computes only the tokens that are pooled, if it can: the class token, or else the patches.
         pooled = self.first or side**2
-        queries = pooled if pooled < x.shape[1] else None
-        x = self.norm(self.blocks[-1](x, queries, rotation))  # (B, pooled, D)
-        return self.head(self.pool(x))
+        if "queries" in self.takes and pooled < x.shape[1]:
+            more["queries"] = pooled
+        return self.norm(self.blocks[-1](x, **more)[:, :pooled])  # (B, pooled, D)
 
     def muon_matrices(self) -> list[Tensor]:
         """Return the weights that Muon is for: of the stem's 3 × 3 convolutions and the blocks' linear layers."""

@@ -1,5 +1,7 @@
 """The LightningModule: transforms, network, loss, metrics and optimizer."""
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,39 +14,15 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torchmetrics import MeanMetric, MetricCollection, SumMetric
-from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics import MetricCollection
 
+from vit_lightning import register
 from vit_lightning.config import AugmentConfig, ModelConfig, OptimConfig
 from vit_lightning.data.module import derived_seed
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import eval_transform, mix, resize, train_transform
-from vit_lightning.recipe.optim import build_optimizer, build_schedule
-
-
-class ImageCount(SumMetric):
-    """The number of images that the other metrics of a collection are computed from."""
-
-    def update(self, target: Tensor) -> None:  # type: ignore[override]
-        """Count a batch by its labels (B,)."""
-        super().update(len(target))
-
-
-def build_metrics(classes: int) -> MetricCollection:
-    """Everything that is measured in training, validation and testing.
-
-    A batch updates a metric with those of ``preds`` (logits), ``target``, ``value`` (the loss) and ``weight`` (the
-    number of images) that its ``update`` takes.
-    """
-    metrics = {
-        "loss": MeanMetric(),
-        "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
-        # With fewer than five classes, any five guesses include the label.
-        "acc5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
-        "images": ImageCount(),
-    }
-    # Metrics whose states are equal after one batch, as top-1 and top-5 may be, would otherwise be merged.
-    return MetricCollection(cast(dict[str, Any], metrics), compute_groups=False)
+from vit_lightning.recipe.metrics import build_metrics
+from vit_lightning.recipe.optim import build_optimizer, build_schedule, freeze
 
 
 class ViTClassifier(L.LightningModule):
@@ -62,6 +40,8 @@ class ViTClassifier(L.LightningModule):
         data: fields of :class:`~vit_lightning.config.DataConfig`: the training data, if known.
         augment: fields of :class:`~vit_lightning.config.AugmentConfig`; ``None`` for no augmentation.
         seed: seed of the random numbers of the training steps.
+        metrics: names of registered metrics besides the loss, top-1 and top-5.
+        imports: the modules that register parts of it, to name them where the checkpoint is opened without them.
 
     Attributes:
         log_curves: whether metrics are passed to the Trainer's logger; turned off by a callback that does so itself.
@@ -80,20 +60,24 @@ class ViTClassifier(L.LightningModule):
         data: dict[str, Any] | None = None,
         augment: dict[str, Any] | None = None,
         seed: int = 0,
+        metrics: Sequence[str] = (),
+        imports: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
         self.net = ViT(ModelConfig(**model))
+        self.optim = OptimConfig(**optim)
+        self.frozen = freeze(self.net, self.optim.freeze)
         self.augment = AugmentConfig(**(augment or {"rotation": 0.0, "flip": 0.0}))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
         side = self.net.image_size
         # The model summary computes sizes and FLOPs from it.
         self.example_input_array = torch.zeros(1, self.net.channels, side, side, dtype=torch.uint8)
-        metrics = build_metrics(len(class_names))
-        self.train_metrics = metrics.clone(prefix="train/")
-        self.val_metrics = metrics.clone(prefix="val/")
-        self.test_metrics = metrics.clone(prefix="test/")
+        measured = build_metrics(len(class_names), list(metrics))
+        self.train_metrics = measured.clone(prefix="train/")
+        self.val_metrics = measured.clone(prefix="val/")
+        self.test_metrics = measured.clone(prefix="test/")
         self.log_curves = True
 
     def forward(self, images: Tensor) -> Tensor:
@@ -109,7 +93,15 @@ class ViTClassifier(L.LightningModule):
 
     def normalise(self, images: Tensor) -> Tensor:
         """Convert stored images (B, C, h, w), uint8, to the network's input (B, C, S, S), float32."""
-        return eval_transform(images.to(self.mean.device), self.net.image_size, self.mean, self.std)
+        with float32():
+            return eval_transform(images.to(self.device), self.net.image_size, *self.statistics()).to(self.dtype)
+
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """The mean and standard deviation (C,) that images are normalised with, float32 also if the weights are not."""
+        if self.mean.dtype == torch.float32:
+            return self.mean, self.std
+        mean, std = (torch.tensor(self.hparams[name], device=self.device) for name in ("mean", "std"))
+        return mean, std
 
     @torch.inference_mode()
     def classify(self, images: Tensor, tta: bool = False) -> Tensor:
@@ -134,7 +126,7 @@ class ViTClassifier(L.LightningModule):
     def augmented(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Transform a training batch for the current step; repeated calls return the same result.
 
-        The step's random numbers (augmentation, then dropout) are seeded here by its number alone, so that a resumed
+        The batch's random numbers (augmentation, then dropout) are seeded here by its number alone, so that a resumed
         run repeats them.
 
         Args:
@@ -147,23 +139,29 @@ class ViTClassifier(L.LightningModule):
             probabilities (B, num_classes).
         """
         use = f"step {self.global_rank}" if self.global_rank else "step"
-        torch.manual_seed(derived_seed(self.hparams["seed"], self.global_step, use))
-        config, optim = self.augment, self.hparams["optim"]
+        # With accumulated gradients, several batches share a step.
+        several = self.trainer.accumulate_grad_batches > 1
+        number = self.trainer.fit_loop.total_batch_idx if several else self.global_step
+        torch.manual_seed(derived_seed(self.hparams["seed"], number, use))
+        config, optim = self.augment, self.optim
         if config.until < 1 and self.progress() >= config.until:
             config = replace(config, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
-        with torch.autocast(images.device.type, enabled=False):  # coordinates need float32
-            x = train_transform(images, self.net.image_size, self.mean, self.std, config)
+        with torch.autocast(images.device.type, enabled=False), float32():  # coordinates need it
+            x = train_transform(images, self.net.image_size, *self.statistics(), config)
+            for name in config.batch:
+                x = register.augmentation.build(name, config.options, x)
             if config.mixup or config.cutmix:
                 x, labels = mix(x, labels, len(self.hparams["class_names"]), config)
-            if optim["small_size"] is not None and self.progress() < optim["small_share"]:
-                x = resize(x, optim["small_size"])
-        return x, labels
+            if optim.small_size is not None and self.progress() < optim.small_share:
+                x = resize(x, optim.small_size)
+        return x.to(self.dtype), labels
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the cross-entropy of an augmented batch, with dropout."""
+        """Return the loss of an augmented batch, with dropout."""
         x, targets = self.augmented(*batch)
         logits = self.net(x)
-        loss = F.cross_entropy(logits, targets, label_smoothing=self.hparams["optim"]["label_smoothing"])
+        config = self.optim
+        loss = register.loss.build(config.loss, config.options, logits, targets, config.label_smoothing)
         labels = targets.argmax(dim=1) if targets.ndim == 2 else targets  # of a mixed image, the larger share
         self._measure("train", logits, labels, loss)
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)
@@ -203,6 +201,13 @@ class ViTClassifier(L.LightningModule):
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
 
+    def train(self, mode: bool = True) -> "ViTClassifier":
+        """Set the training mode; frozen parts stay in evaluation mode, so that their batch norms do not change."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
+
     def on_train_epoch_start(self) -> None:
         """Reset the metrics: a checkpoint written at the end of an epoch still holds that epoch's."""
         self.train_metrics.reset()
@@ -226,7 +231,7 @@ class ViTClassifier(L.LightningModule):
 
     def progress(self) -> float:
         """Return the completed fraction of the training, by ``optim.clock``, in [0, 1]."""
-        if self.hparams["optim"]["clock"] == "steps":
+        if self.optim.clock == "steps":
             return self.trainer.global_step / self.trainer.estimated_stepping_batches
         timer = timer_of(self.trainer)
         assert timer is not None
@@ -244,11 +249,25 @@ class ViTClassifier(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Build the optimizer, and a schedule that advances with every step."""
-        config = OptimConfig(**self.hparams["optim"])
+        config = self.optim
         optimizer = build_optimizer(self.net, config)
         elapsed = self.progress if config.clock == "time" else None
         schedule = build_schedule(optimizer, config, int(self.trainer.estimated_stepping_batches), elapsed)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@contextlib.contextmanager
+def float32() -> Iterator[None]:
+    """Create tensors in float32 inside Lightning's ``bf16-true`` and the like, which change the default dtype."""
+    default = torch.get_default_dtype()
+    if default == torch.float32:
+        yield
+        return
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def timer_of(trainer: L.Trainer) -> Timer | None:

@@ -1,42 +1,142 @@
-"""Parameter groups, optimizers, the learning-rate schedule, and the moving average of the weights."""
+"""Losses, parameter groups, optimizers, learning-rate schedules, and the moving average of the weights.
 
+A registered optimizer is built from the network and the configuration; a schedule maps the completed fraction of a run
+to a factor; a loss takes logits, targets and the label smoothing.
+"""
+
+import inspect
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from vit_lightning import register
 from vit_lightning.config import OptimConfig
 from vit_lightning.devices import has_fast_bfloat16
+from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 
 
 def build_optimizer(net: ViT, config: OptimConfig) -> Optimizer:
-    """Build AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101), or Muon and AdamW.
+    """Build the optimizer of the parameters that are trained.
+
+    Raises:
+        InputError: if ``config.name`` is unknown, or its class does not take the arguments.
+    """
+    if config.name in list(register.optimizer):
+        return register.optimizer.build(config.name, config.options, net, config)
+    cls = getattr(torch.optim, config.name, None) or getattr(timm_optimizers(), config.name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
+        raise InputError(f"optim.name={config.name} is not known; choose one of {register.optimizer.choices}")
+    decay = {"weight_decay": config.weight_decay} if "weight_decay" in inspect.signature(cls).parameters else {}
+    try:
+        return cls(parameter_groups(net, config), **{"lr": config.lr, **decay, **config.options.get(config.name, {})})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"optim.options.{config.name}: {error}") from error
+
+
+def timm_optimizers() -> ModuleType | None:
+    """``timm.optim``, if timm is installed."""
+    try:
+        import timm.optim
+    except ImportError:
+        return None
+    return timm.optim
+
+
+def parameter_groups(net: ViT, config: OptimConfig, parameters: Iterable[Tensor] | None = None) -> list[dict[str, Any]]:
+    """Group parameters for an optimizer, by learning rate and weight decay.
 
     Unless ``config.decay_all``, only the weights of linear layers and of the stem's 3 × 3 convolutions decay. With
-    ``config.name=muon``, Muon trains :meth:`~vit_lightning.model.vit.ViT.muon_matrices`.
+    ``config.layer_decay``, the learning rate falls from each block to the one below it (Clark et al., 2020,
+    https://arxiv.org/abs/2003.10555, section 3.1, "layer-wise learning rate decay").
+
+    Args:
+        net: the network.
+        config: ``lr``, ``weight_decay``, ``decay_all`` and ``layer_decay``.
+        parameters: those to group; ``None`` for all that are trained.
+
+    Returns:
+        Groups with ``params``, ``lr`` and ``weight_decay``, the highest learning rate first.
     """
-    matrices = set(net.muon_matrices())
-    decayed = matrices | {module.weight for module in net.modules() if isinstance(module, nn.Linear)}
-    muon = [p for p in net.parameters() if p in matrices] if config.name == "muon" else []
-    rest = [p for p in net.parameters() if not muon or p not in matrices]
-    decay = [p for p in rest if config.decay_all or p in decayed]
-    no_decay = [p for p in rest if not (config.decay_all or p in decayed)]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    adamw = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
-    adamw.register_load_state_dict_post_hook(match_shapes)
+    chosen = None if parameters is None else set(parameters)
+    decayed = {*net.muon_matrices(), *(module.weight for module in net.modules() if isinstance(module, nn.Linear))}
+    top = len(net.blocks) + 1
+    groups: dict[tuple[int, bool], list[Tensor]] = {}
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and (chosen is None or parameter in chosen):
+            first, *rest = name.split(".")
+            below = first in ("patch_embed", "pos_embed", "cls_token", "registers")
+            level = int(rest[0]) + 1 if first == "blocks" else 0 if below else top
+            key = top - level if config.layer_decay < 1 else 0, not (config.decay_all or parameter in decayed)
+            groups.setdefault(key, []).append(parameter)
+    return [
+        {
+            "params": groups[depth, plain],
+            "lr": config.lr * config.layer_decay**depth,
+            "weight_decay": 0.0 if plain else config.weight_decay,
+        }
+        for depth, plain in sorted(groups)
+    ]
+
+
+@register.optimizer("adamw")
+def adamw(net: ViT, config: OptimConfig, parameters: Iterable[Tensor] | None = None) -> Optimizer:
+    """AdamW (Loshchilov and Hutter, 2019, https://arxiv.org/abs/1711.05101)."""
+    groups = parameter_groups(net, config, parameters)
+    optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
+    optimizer.register_load_state_dict_post_hook(match_shapes)
     # Fused, AdamW would unscale the gradients of 16-mixed precision itself, and Lightning then refuses to clip them.
-    adamw._step_supports_amp_scaling = False
-    if not muon:
-        return adamw
-    dtype = torch.bfloat16 if has_fast_bfloat16(muon[0].device) else torch.float32
-    return CombinedOptimizer(adamw, Muon(muon, config.muon_lr, config.weight_decay, config.ns_steps, dtype=dtype))
+    optimizer._step_supports_amp_scaling = False
+    return optimizer
+
+
+@register.optimizer("muon")
+def muon(net: ViT, config: OptimConfig) -> Optimizer:
+    """Muon for :meth:`~vit_lightning.model.vit.ViT.muon_matrices`, and AdamW for the rest."""
+    matrices = {matrix for matrix in net.muon_matrices() if matrix.requires_grad}
+    if not matrices:
+        return adamw(net, config)
+    dtype = torch.bfloat16 if has_fast_bfloat16(next(net.parameters()).device) else torch.float32
+    groups = parameter_groups(net, replace(config, lr=config.muon_lr), matrices)
+    rest = [parameter for parameter in net.parameters() if parameter not in matrices]
+    return CombinedOptimizer(
+        adamw(net, config, rest), Muon(groups, config.muon_lr, config.weight_decay, config.ns_steps, dtype=dtype)
+    )
+
+
+def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
+    """Exclude parts of a network from training.
+
+    Args:
+        net: the network.
+        names: of its modules or parameters, such as ``patch_embed``, ``blocks.0`` or ``pos_embed``.
+
+    Returns:
+        The modules among them.
+
+    Raises:
+        InputError: if a name is unknown, or nothing is left to train.
+    """
+    modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
+    for name in names:
+        if name not in modules and name not in parameters:
+            known = ", ".join([*(key for key, _ in net.named_children()), "blocks.0", "pos_embed", "cls_token"])
+            raise InputError(f"optim.freeze={name} is not a part of the network; it has {known}")
+        for key, parameter in parameters.items():
+            if key == name or key.startswith(f"{name}."):
+                parameter.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise InputError(f"optim.freeze={','.join(names)} leaves nothing to train; remove some")
+    return [modules[name] for name in names if name in modules]
 
 
 def match_shapes(optimizer: Optimizer) -> None:
@@ -53,7 +153,7 @@ class Muon(Optimizer):
     Equals :class:`torch.optim.Muon`, but also takes convolutions, as matrices (out, in · h · w), and any ``dtype``.
 
     Args:
-        params: parameters of at least two dimensions.
+        params: parameters of at least two dimensions, or groups of them.
         lr: learning rate; multiplied by ``sqrt(max(1, rows / columns))`` for each matrix.
         weight_decay: decoupled weight decay.
         ns_steps: Newton-Schulz iterations.
@@ -63,7 +163,7 @@ class Muon(Optimizer):
 
     def __init__(
         self,
-        params: Iterable[nn.Parameter],
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float,
         weight_decay: float,
         ns_steps: int = 5,
@@ -135,7 +235,7 @@ class CombinedOptimizer(Optimizer):
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, steps: int, elapsed: Callable[[], float] | None = None
 ) -> LambdaLR:
-    """Build the schedule: a linear warm-up, then constant, or a cosine or a line down to the run's end.
+    """Build the schedule: a linear warm-up, then the registered shape, from 1 to 0, scaled to end at ``min_lr``.
 
     Args:
         optimizer: the optimizer whose learning rates are scaled.
@@ -150,13 +250,47 @@ def build_schedule(
             step = elapsed() * steps
         if step < warmup:
             return min(1.0, (step + 1) / warmup)  # by time, step is not an integer
-        if config.schedule == "constant":
-            return 1.0
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
-        height = 1 - done if config.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+        height = register.schedule.build(config.schedule, config.options, done)
         return config.min_lr + (1 - config.min_lr) * height
 
     return LambdaLR(optimizer, factor)
+
+
+@register.schedule("constant")
+def constant(done: float) -> float:
+    """The full learning rate."""
+    return 1.0
+
+
+@register.schedule("linear")
+def linear(done: float) -> float:
+    """A line down to zero; ``done`` is the completed fraction after the warm-up, in [0, 1]."""
+    return 1 - done
+
+
+@register.schedule("cosine")
+def cosine(done: float) -> float:
+    """Half a cosine down to zero (Loshchilov and Hutter, 2017, https://arxiv.org/abs/1608.03983, equation 5)."""
+    return 0.5 * (1 + math.cos(math.pi * done))
+
+
+@register.loss("cross_entropy")
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Cross-entropy of logits (B, classes) and labels (B,) or class probabilities (B, classes)."""
+    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+
+
+@register.loss("bce")
+def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+    """Binary cross-entropy of each class against the rest, as in DeiT III (Touvron et al., 2022, arXiv:2204.07118).
+
+    The sum over classes, averaged over the batch; arguments as for :func:`cross_entropy`.
+    """
+    classes = logits.shape[1]
+    shares = targets if targets.ndim == 2 else F.one_hot(targets, classes).to(logits.dtype)
+    shares = shares * (1 - label_smoothing) + label_smoothing / classes
+    return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").sum(dim=1).mean()
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:

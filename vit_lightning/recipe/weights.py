@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from vit_lightning import register
 from vit_lightning.config import ModelConfig
 from vit_lightning.files import RunFiles, write_atomic
 from vit_lightning.keys import InputError
@@ -91,11 +92,13 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
             with safe_open(path, framework="pt") as file:
                 hparams = json.loads(file.metadata()["hparams"])
                 state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-            classifier = ViTClassifier(**hparams)
+            with register.needs(hparams.get("imports", ())):
+                classifier = ViTClassifier(**hparams)
             classifier.net.load_state_dict(state)  # converts to float32
         else:
             saved = read_checkpoint(path)
-            classifier = ViTClassifier(**saved["hyper_parameters"])
+            with register.needs(saved["hyper_parameters"].get("imports", ())):
+                classifier = ViTClassifier(**saved["hyper_parameters"])
             classifier.load_state_dict(saved["state_dict"])
     except InputError as error:
         raise InputError(f"checkpoint={checkpoint}: {error}") from error

@@ -58,7 +58,12 @@ class EpochRecorder(Callback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the best ``val/acc``, and of several the one with the lowest ``val/loss``."""
+        """The row with the best ``val/acc``, and of several the one with the lowest ``val/loss``.
+
+        Without any validation (``trainer.limit_val_batches=0``), the last row.
+        """
+        if not any("val/acc" in row for row in self.rows):
+            return self.rows[-1]
         return max(self.rows, key=lambda row: (row.get("val/acc", -1.0), -row.get("val/loss", math.inf)))
 
     @property
@@ -120,8 +125,14 @@ class EpochRecorder(Callback):
     ) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already that of the next one
 
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True  # so that the Trainer validates first
+
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._validated = True
+        self._validated = not trainer.sanity_checking
         self._train_end = now()
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -173,6 +184,8 @@ class Report(Callback):
         self.report = report
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self.report(trainer.current_epoch + 1, trainer.callback_metrics["val/acc"].item())
 
 
@@ -211,6 +224,8 @@ class StopAtTarget(Callback):
             trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._latest = trainer.callback_metrics["val/acc"].item(), trainer.callback_metrics["val/acc5"].item()
         self.on_train_start(trainer, pl_module)
 

@@ -162,6 +162,8 @@ class Saver(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not trainer.is_last_batch:
+            return  # a checkpoint would lose the gradients so far
         due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
         number, wanted = self._maximum(trainer, self._signal, due)
         if (number or wanted) and not trainer.is_last_batch:  # after the last batch, the end of the epoch saves
@@ -170,7 +172,7 @@ class Saver(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.recorder.rows[-1]
-        self._save(trainer, pl_module, best="val/acc" in row and row is self.recorder.best)
+        self._save(trainer, pl_module, best=row is self.recorder.best)
         [number] = self._maximum(trainer, self._signal)
         self._exit(number)
 

@@ -99,6 +99,7 @@ class Dashboard(Callback):
         if self._step and trainer.is_global_zero:
             for name, value in {"train/loss_step": outputs["loss"].item(), **self._step}.items():
                 writer_of(trainer).add_scalar(name, value, trainer.global_step - 1)
+            self._step = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._probabilities = []
@@ -115,6 +116,8 @@ class Dashboard(Callback):
         self._probabilities.append(outputs.float().softmax(dim=1).cpu())
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         quality = trainer.callback_metrics["val/acc"].item(), -trainer.callback_metrics["val/loss"].item()
         if trainer.world_size == 1 and (self._best is None or quality > self._best[0]):
             self._best = quality, trainer.current_epoch + 1, torch.cat(self._probabilities)
@@ -128,9 +131,9 @@ class Dashboard(Callback):
         """
         writer, step, metrics = writer_of(trainer), trainer.global_step, record["metrics"]
         # The HParams tab sorts by name, so these come before all other tags, the best val/acc first.
-        final = {"acc": metrics["val/acc"], "acc5": metrics["val/acc5"], "test_acc": metrics.get("test/acc")}
+        final = {"acc": metrics.get("val/acc"), "acc5": metrics.get("val/acc5"), "test_acc": metrics.get("test/acc")}
         for key, value in {**final, "parameters": record["parameters"], "seconds": record["seconds"]}.items():
-            if value is not None:  # test=false leaves out the test accuracy
+            if value is not None:  # a run may leave out validation or test
                 writer.add_scalar(f"best/{key}", value, step)
         _, _, end = summary.hparams({}, {})
         writer._get_file_writer().add_summary(end)
@@ -187,8 +190,8 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
     """The keys and values that TensorBoard's HParams tab compares runs by, as they are typed."""
     groups = ("model", "data", "augment", "optim", "trainer")
     flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
-    plain = {key: str(value) if isinstance(value, list) else value for key, value in flat.items()}
-    return {key: value for key, value in plain.items() if value is not None}
+    plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in flat.items()}
+    return {key: value for key, value in plain.items() if value is not None and value != "{}"}
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:

@@ -1,6 +1,7 @@
 """Train a Vision Transformer, test its best checkpoint, and leave a record."""
 
 import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from matplotlib.figure import Figure
 
@@ -40,6 +42,8 @@ from vit_lightning.runs.processes import check_splits, placement, share_run_dir
 from vit_lightning.runs.run import Run, check_same_data, lock_run
 from vit_lightning.terminal import is_first, print_table, relative
 
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+
 
 def train(
     config: Config,
@@ -56,7 +60,7 @@ def train(
         invocation: the command that asked for the run; ``None`` if called from Python.
 
     Returns:
-        The best ``val/acc``, in [0, 1], for a sweeper to maximise.
+        The best ``val/acc``, in [0, 1], for a sweeper to maximise; NaN without validation.
 
     Raises:
         InputError: if the configuration does not fit the data or the machine.
@@ -94,6 +98,8 @@ def open_data(run: Run) -> ImageData:
     data = ImageData(run.config.data, run.config.model.image_size, run.config.seed)
     data.setup()
     run.config = follow_data(run.config, data)
+    if run.config.trainer.overfit_batches:
+        data.indices["train"] = data.indices["train"][: run.config.trainer.overfit_batches * data.config.batch_size]
     check_limits(run.config.trainer, data)
     check_splits(run.config, data)
     if run.content is not None:
@@ -113,6 +119,8 @@ def build_classifier(run: Run, data: ImageData) -> ViTClassifier:
         data=asdict(config.data),
         augment=asdict(config.augment),
         seed=config.seed,
+        metrics=config.metrics,
+        imports=config.imports,
     )
     if run.checkpoint is None and config.checkpoint is not None:
         start_from(classifier, config.checkpoint)
@@ -168,7 +176,7 @@ def fit_and_test(
         best = load_classifier(str(files.best)) if config.trainer.strategy == "fsdp" else tested  # fsdp shards it
         dashboard.show_best(best.to(trainer.strategy.root_device), trainer, summary)
         show_results(summary, run)
-    return recorder.best["val/acc"]
+    return recorder.best.get("val/acc", math.nan)
 
 
 def build_trainer(
@@ -195,15 +203,24 @@ def build_trainer(
     logger = TensorBoardLogger(run.folder, name="", version="", default_hp_metric=False, purge_step=run.step)
     logger.log_hyperparams(hyper_parameters(config))  # writes hparams.yaml
     content, run.content = run.content, None  # freed once the Trainer has loaded it
+    arguments = asdict(config.trainer)
+    for name in ("fast_dev_run", "overfit_batches"):  # TrainerConfig and open_data carry them out
+        del arguments[name]
+    profiler = PROFILERS.get(config.trainer.profiler or "")
     return L.Trainer(
-        **{**asdict(config.trainer), "enable_progress_bar": bar, **placement(config)},
+        **{
+            **arguments,
+            "max_steps": config.trainer.max_steps or -1,
+            "profiler": profiler and profiler(dirpath=run.folder, filename="profile"),
+            "enable_progress_bar": bar,
+            **placement(config),
+        },
         default_root_dir=run.folder,
         logger=logger,
         callbacks=callbacks,
         # With fsdp, Lightning reads checkpoints itself.
         plugins=[VerifiedCheckpointIO(content if config.trainer.strategy != "fsdp" else None)],
         enable_model_summary=False,  # show_start prints one without the metrics
-        num_sanity_val_steps=0,
     )
 
 

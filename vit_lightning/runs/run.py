@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from vit_lightning import register
 from vit_lightning.config import Config, DashboardConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.files import RunFiles, cannot_write
@@ -23,12 +24,13 @@ from vit_lightning.terminal import is_first, relative
 # The keys that may change when a run is resumed, because they change none of its numbers.
 MAY_CHANGE = {
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
+    *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
     *("data.root", "data.cache_dir", "data.eval_batch_size", "data.workers"),
-    *("compile", "test", "save_minutes", "debug"),
+    *("compile", "test", "save_minutes", "traceback", "imports"),
     *(f"dashboard.{field.name}" for field in fields(DashboardConfig)),
 }
 # The keys that may be raised when a run is resumed.
-MAY_GROW = ("trainer.max_epochs", "trainer.max_time", "target_acc", "target_acc5")
+MAY_GROW = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "target_acc", "target_acc5")
 
 
 @dataclass(slots=True)
@@ -130,7 +132,7 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
-    for key, amount in (("trainer.max_epochs", int), ("trainer.max_time", seconds)):
+    for key, amount in (("trainer.max_epochs", int), ("trainer.max_steps", steps), ("trainer.max_time", seconds)):
         if key in typed and amount(ours[key]) < amount(theirs[key]):
             raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; increase or remove it")
     if files.summary.exists():
@@ -151,6 +153,11 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     if run.checkpoint is None:
         raise InputError(f"resume={config.resume} has no {relative(files.last)} to continue from; start a new run")
     return run
+
+
+def steps(limit: int | None) -> float:
+    """``trainer.max_steps``; infinite if there is no limit."""
+    return math.inf if limit is None else limit
 
 
 def seconds(time: str | None) -> float:
@@ -289,11 +296,13 @@ def read_config(files: RunFiles) -> Config:
     path = relative(files.config)
     try:
         saved = yaml.safe_load(files.config.read_text())
+        saved.pop("debug", None)  # what traceback was called in earlier versions
         unknown = sorted(flatten(saved).keys() - flatten(asdict(Config())).keys() - sections(Config).keys())
         if unknown:
             raise InputError(f"{path} has {', '.join(unknown)}, unknown to this version; {version_hint(files)}")
-        parts = {name: section(**saved.pop(name, {})) for name, section in sections(Config).items()}
-        return Config(**parts, **saved)
+        with register.needs(saved.get("imports", ())):
+            parts = {name: section(**saved.pop(name, {})) for name, section in sections(Config).items()}
+            return Config(**parts, **saved)
     except InputError as error:
         raise error if path in str(error) else InputError(f"{path}: {error}") from error
     except OSError as error:
@@ -310,8 +319,9 @@ def read_summary(files: RunFiles) -> dict[str, Any]:
     """
     try:
         summary = json.loads(files.summary.read_text())
-        return {"metrics": {"val/acc": float(summary["metrics"]["val/acc"])}, "epochs": int(summary["epochs"])}
-    except (ValueError, LookupError, TypeError) as error:
+        acc = summary["metrics"].get("val/acc", math.nan)  # a run may leave out validation
+        return {"metrics": {"val/acc": float(acc)}, "epochs": int(summary["epochs"])}
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         name = relative(files.summary)
         raise InputError(f"{name} is damaged; delete it, and the run is tested again when it is resumed") from error
 
