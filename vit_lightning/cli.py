@@ -6,6 +6,8 @@ A mistake ends in one line on standard error and exit code 1, before torch is im
 import contextlib
 import errno
 import importlib
+import inspect
+import logging
 import math
 import os
 import re
@@ -41,6 +43,9 @@ OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is
 }
 
 
+OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that have no declaration in the schema
+
+
 def run_command(name: str, task: str, text: str | None) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run a task on it, or a sweep of tasks.
 
@@ -53,7 +58,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
         text: what ``--help`` says first.
     """
     schema = SCHEMAS[name]
-    typed = [re.sub(r"^(?=(\w+\.)?options\.)", "++", item) for item in sys.argv[1:]]  # settings of registered parts
+    typed = [f"++{item}" if OPEN.match(item) and item[0] not in "+~" else item for item in sys.argv[1:]]
     if {"--help", "-h"} & set(typed):
         chosen = next((item.removeprefix("imports=") for item in typed if item.startswith("imports=")), "")
         try:
@@ -140,8 +145,26 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
 
     module, function = task.split(":")
     return getattr(importlib.import_module(module), function)(
-        config, run_dir, invocation=Invocation(command, overrides, compose)
+        config, run_dir, invocation=Invocation(command, overrides, compose, build_object)
     )
+
+
+def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
+    """Build a callback or logger; ``save_dir`` is the run's directory unless it is set.
+
+    Raises:
+        InputError: if its class cannot be imported, or does not take the arguments.
+    """
+    target = str(settings.get("_target_"))
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it reports what is raised here
+    try:
+        takes = inspect.signature(hydra.utils.get_object(target)).parameters
+        place = {"save_dir": str(run_dir)} if "save_dir" in takes and "save_dir" not in settings else {}
+        return hydra.utils.instantiate(settings, **place)
+    except Exception as error:  # whatever the class raises
+        cause = error.__cause__ or error
+        [reason, *_] = str(cause).splitlines() or [""]
+        raise InputError(f"_target_={target} cannot be built ({type(cause).__name__}: {reason})") from error
 
 
 class SweepEnd(Callback):
@@ -184,9 +207,10 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
     fixed: dict[str, bool] = {}  # the last of a key that is set twice counts
     for setting in settings:
         name, value = setting.key_or_group, setting.value()
-        if re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or ""):  # Hydra would call whatever it names
-            raise InputError(f"{setting.input_line}: _target_ cannot be set; remove it")
-        if setting.is_add() and not name.startswith("hydra") and ".options." not in name:
+        target = re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or "")
+        if target and not name.startswith(("callbacks", "logger")):  # Hydra would call whatever it names
+            raise InputError(f"{setting.input_line}: _target_ can only be set in callbacks and logger; remove it")
+        if setting.is_add() and not name.startswith("hydra") and not OPEN.match(name):
             group, _, rest = name.rpartition(".")
             section = sections(schema).get(group) if group else schema
             if section is None or rest not in [field.name for field in fields(section)]:

@@ -301,6 +301,8 @@ class Config:
                              "trainer.max_epochs, trainer.max_time or a higher target extends it.")  # fmt: skip
     compile: bool = key(False, "Compile the network with torch.compile.")
     save_minutes: float | None = key(5.0, "Minutes between checkpoints within an epoch; null for none there.", low=0)
+    callbacks: dict[str, Any] = key(dict, "Lightning callbacks by name: _target_, a class, and its arguments.")
+    logger: dict[str, Any] = key(dict, "Lightning loggers, likewise; save_dir is the run's directory.")
     metrics: list[str] = key([], "Metrics besides the loss, top-1 and top-5.", choices=register.metric)
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
 from typing import Any, get_args
 
 
@@ -98,11 +99,14 @@ class Invocation:
         command: as it can be typed again.
         overrides: settings of the command line, as in ``["model.layers=4", "seed=1"]``; ``None`` if called from Python.
         compose: the checked configuration that other settings give; ``None`` if called from Python.
+        build: makes an object of its ``_target_`` and arguments, which must have been typed or be in ``conf/``: what a
+            file of a run names is never built. Its other argument is the directory of the run. ``None`` likewise.
     """
 
     command: str
     overrides: list[str] | None = None
     compose: Callable[[list[str]], Any] | None = None
+    build: Callable[[dict[str, Any], Path], Any] | None = None
 
     @property
     def keys(self) -> set[str]:

@@ -147,8 +147,9 @@ def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str
             return f"error: {file} cannot be written ({error.strerror}); {hint}"
         return f"error: {file} cannot be opened ({error.strerror}); fix its permissions or name another file"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
-        if group in sections(schema) and value in ("", "null"):
-            return f"error: {group}={value} is not an option; choose one of {', '.join(options_of(group))}"
+        if (CONF / group).is_dir() and value in ("", "null", "true", "false"):
+            more = "; traceback=true shows where a mistake is found" if group == "debug" else ""
+            return f"error: {group}={value} is not an option; choose one of {', '.join(options_of(group))}{more}"
     return f"error: {_hydra_message(error, schema)}"
 
 

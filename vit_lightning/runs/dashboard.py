@@ -1,6 +1,7 @@
 """What TensorBoard shows next to the curves: the configuration, training images, and figures of the best network."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,8 +11,9 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
@@ -59,7 +61,12 @@ class Dashboard(Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
+        if self.config.dashboard.patches:
+            with warn_instead("patches"):
+                show(trainer, "patches", self.patches, trainer.global_step)
         writer = writer_of(trainer)
+        if writer is None:
+            return
         writer.add_custom_scalars(LAYOUT)
         # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
         # TensorBoard finds; without, it gathers them from all runs, the ones that differ first.
@@ -68,9 +75,6 @@ class Dashboard(Callback):
         if self.config.dashboard.text:
             for title, text in self.text.items():
                 writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))  # as it is: a code block
-        if self.config.dashboard.patches:
-            with warn_instead("patches"):
-                show(writer, "patches", self.patches, trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -81,7 +85,7 @@ class Dashboard(Callback):
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
             with warn_instead("batch"):
                 titles = [self._title(label) for label in labels]
-                show(writer_of(trainer), "batch", draw_images(pictures, titles, title="Training images, augmented"), 0)
+                show(trainer, "batch", draw_images(pictures, titles, title="Training images, augmented"), 0)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -97,8 +101,8 @@ class Dashboard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._step and trainer.is_global_zero:
-            for name, value in {"train/loss_step": outputs["loss"].item(), **self._step}.items():
-                writer_of(trainer).add_scalar(name, value, trainer.global_step - 1)
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/loss_step": outputs["loss"].item(), **self._step}, trainer.global_step - 1)
             self._step = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -129,15 +133,19 @@ class Dashboard(Callback):
             trainer: its logger receives the metrics.
             record: the run's ``summary.json``.
         """
-        writer, step, metrics = writer_of(trainer), trainer.global_step, record["metrics"]
+        metrics = record["metrics"]
         # The HParams tab sorts by name, so these come before all other tags, the best val/acc first.
         final = {"acc": metrics.get("val/acc"), "acc5": metrics.get("val/acc5"), "test_acc": metrics.get("test/acc")}
-        for key, value in {**final, "parameters": record["parameters"], "seconds": record["seconds"]}.items():
-            if value is not None:  # a run may leave out validation or test
-                writer.add_scalar(f"best/{key}", value, step)
-        _, _, end = summary.hparams({}, {})
-        writer._get_file_writer().add_summary(end)
-        writer.flush()
+        final |= {"parameters": record["parameters"], "seconds": record["seconds"]}
+        known = {f"best/{key}": value for key, value in final.items() if value is not None}  # without test=false's
+        for logger in trainer.loggers:
+            logger.log_metrics(known, trainer.global_step)
+            logger.save()
+        writer = writer_of(trainer)
+        if writer is not None:
+            _, _, end = summary.hparams({}, {})
+            writer._get_file_writer().add_summary(end)
+            writer.flush()
 
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
         """Draw what the best checkpoint predicts for the validation images.
@@ -149,14 +157,14 @@ class Dashboard(Callback):
             trainer: its logger receives the figures.
             record: the run's ``summary.json``.
         """
-        switches, writer, step = self.config.dashboard, writer_of(trainer), trainer.global_step
+        switches, step = self.config.dashboard, trainer.global_step
         if switches.positions and classifier.net.pos_embed is not None:
             with warn_instead("positions"):
                 similarity = position_similarity(classifier.net).cpu().numpy()
-                show(writer, "positions", draw_position_similarity(similarity), step)
+                show(trainer, "positions", draw_position_similarity(similarity), step)
         if switches.attention:
             with warn_instead("attention"):
-                show(writer, "attention", draw_attention_of(classifier, self.data), step)
+                show(trainer, "attention", draw_attention_of(classifier, self.data), step)
         names = [name for name in FIGURES if getattr(switches, name.removesuffix("_superclasses"))]
         if names:
             with warn_instead(", ".join(names)):
@@ -165,8 +173,9 @@ class Dashboard(Callback):
                     with warn_instead(name):
                         figure = predictions.draw(name)
                         if figure is not None:
-                            show(writer, name, figure, step)
-        writer.flush()
+                            show(trainer, name, figure, step)
+        for logger in trainer.loggers:
+            logger.save()
 
     def _best_predictions(self, classifier: ViTClassifier, best_epoch: int) -> Predictions:
         """The best checkpoint's predictions for the validation images, from its validation where they were kept."""
@@ -207,15 +216,23 @@ def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
     return draw_attention(pictures, overlays, names, titles, "Attention to each patch, validation images")
 
 
-def writer_of(trainer: L.Trainer) -> SummaryWriter:
-    """TensorBoard's writer of the run."""
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    return trainer.logger.experiment
+def writer_of(trainer: L.Trainer) -> SummaryWriter | None:
+    """TensorBoard's writer of the run, if TensorBoard is one of its loggers."""
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
-def show(writer: SummaryWriter, name: str, figure: Figure, step: int) -> None:
-    """Add a figure to TensorBoard's images."""
-    writer.add_figure(f"pictures/{name}", figure, step, close=False)  # only pyplot's figures need closing
+def show(trainer: L.Trainer, name: str, figure: Figure, step: int) -> None:
+    """Pass a figure to the loggers that take pictures."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            # Only figures of pyplot need closing.
+            logger.experiment.add_figure(f"pictures/{name}", figure, step, close=False)
+        elif isinstance(logger, MLFlowLogger):
+            logger.experiment.log_figure(logger.run_id, figure, f"pictures/{name}.png")
+        elif hasattr(logger, "log_image"):  # Weights & Biases
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format="png")
+            logger.log_image(f"pictures/{name}", [Image.open(buffer)])
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import lightning as L
 import torch
 import yaml
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.model_summary import ModelSummary
 from matplotlib.figure import Figure
@@ -50,6 +50,8 @@ def train(
     run_dir: Path,
     report: Callable[[int, float], None] | None = None,
     invocation: Invocation | None = None,
+    callbacks: Sequence[L.Callback] = (),
+    loggers: Sequence[Logger] | None = None,
 ) -> float:
     """Train, test the best checkpoint, and write the files of a run to ``run_dir``.
 
@@ -58,6 +60,8 @@ def train(
         run_dir: a new directory, or that of the same run, which is then continued if it was interrupted.
         report: called after every validation with the epoch, from 1, and ``val/acc``; an exception ends the run.
         invocation: the command that asked for the run; ``None`` if called from Python.
+        callbacks: more callbacks, besides those of ``config.callbacks``.
+        loggers: instead of those of ``config.logger``; ``None`` for those, or for TensorBoard if called from Python.
 
     Returns:
         The best ``val/acc``, in [0, 1], for a sweeper to maximise; NaN without validation.
@@ -85,8 +89,14 @@ def train(
         L.seed_everything(run.config.seed, workers=True, verbose=False)
         data = open_data(run)
         classifier = build_classifier(run, data)
+        # Built from what was typed this time: a run that is resumed names parts too, but a file must not run code.
+        own = [
+            *callbacks,
+            *(invocation.build(each, run.folder) for each in config.callbacks.values() if invocation.build),
+        ]
+        loggers = build_loggers(config, run, invocation) if loggers is None else loggers
         with resume_hint(run.files):
-            return fit_and_test(run, data, classifier, record, report)
+            return fit_and_test(run, data, classifier, record, report, own, loggers)
 
 
 def open_data(run: Run) -> ImageData:
@@ -133,6 +143,8 @@ def fit_and_test(
     classifier: ViTClassifier,
     record: dict[str, Any],
     report: Callable[[int, float], None] | None,
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Logger],
 ) -> float:
     """Train, test and write, in a directory that no other process writes to.
 
@@ -142,6 +154,8 @@ def fit_and_test(
         classifier: a new classifier.
         record: where the run is started from this time.
         report: as in :func:`train`.
+        callbacks: more callbacks.
+        loggers: all loggers.
 
     Returns:
         The best ``val/acc``.
@@ -154,7 +168,8 @@ def fit_and_test(
         files.summary.unlink(missing_ok=True)  # of a run that is extended
         write_atomic(files.config, yaml.safe_dump(asdict(config), sort_keys=False))
         save_figure(patches, files.patches)
-    trainer = build_trainer(run, data, recorder, dashboard, report)
+    own = [recorder, dashboard, *callbacks, *([] if report is None else [Report(report)])]
+    trainer = build_trainer(run, data, recorder, own, loggers)
     if is_first():
         dashboard.text["step"] = describe_step(config, trainer.world_size)
         dashboard.text["network"] = show_start(config, data, classifier, trainer)
@@ -179,29 +194,34 @@ def fit_and_test(
     return recorder.best.get("val/acc", math.nan)
 
 
+def build_loggers(config: Config, run: Run, invocation: Invocation) -> list[Logger]:
+    """The loggers that were chosen; TensorBoard if called from Python."""
+    # Points that were logged after the checkpoint are hidden, because the resumed run logs those steps again.
+    if invocation.build is None:
+        return [TensorBoardLogger(run.folder, name="", version="", default_hp_metric=False, purge_step=run.step)]
+    tensorboard = "TensorBoardLogger"
+    return [
+        invocation.build({**each, **({"purge_step": run.step} if tensorboard in each["_target_"] else {})}, run.folder)
+        for each in config.logger.values()
+    ]
+
+
 def build_trainer(
-    run: Run,
-    data: ImageData,
-    recorder: EpochRecorder,
-    dashboard: Dashboard,
-    report: Callable[[int, float], None] | None,
+    run: Run, data: ImageData, recorder: EpochRecorder, more: Sequence[L.Callback], loggers: Sequence[Logger]
 ) -> L.Trainer:
-    """Lightning's Trainer with the callbacks, the logger and the checkpoints of a run."""
+    """Lightning's Trainer with the callbacks, the loggers and the checkpoints of a run."""
     config = run.config
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     saver = Saver(run.files, config.save_minutes, recorder, getattr(data.arrays, "digest", None))
-    callbacks: list[L.Callback] = [StopAtNaN(run.folder, config.trainer.log_every_n_steps), recorder, dashboard, saver]
+    callbacks: list[L.Callback] = [StopAtNaN(run.folder, config.trainer.log_every_n_steps), *more, saver]
     if config.optim.ema:
         callbacks.append(WeightAverage(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
         callbacks.append(StopAtTarget(config.target_acc or 0.0, config.target_acc5 or 0.0))
-    if report is not None:
-        callbacks.append(Report(report))
     if bar:
         callbacks.append(RichProgressBar())
-    # Points that were logged after the checkpoint are hidden, because the resumed run logs those steps again.
-    logger = TensorBoardLogger(run.folder, name="", version="", default_hp_metric=False, purge_step=run.step)
-    logger.log_hyperparams(hyper_parameters(config))  # writes hparams.yaml
+    for logger in loggers:
+        logger.log_hyperparams(hyper_parameters(config))
     content, run.content = run.content, None  # freed once the Trainer has loaded it
     arguments = asdict(config.trainer)
     for name in ("fast_dev_run", "overfit_batches"):  # TrainerConfig and open_data carry them out
@@ -216,7 +236,7 @@ def build_trainer(
             **placement(config),
         },
         default_root_dir=run.folder,
-        logger=logger,
+        logger=list(loggers) or False,
         callbacks=callbacks,
         # With fsdp, Lightning reads checkpoints itself.
         plugins=[VerifiedCheckpointIO(content if config.trainer.strategy != "fsdp" else None)],

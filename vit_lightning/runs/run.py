@@ -109,7 +109,7 @@ def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
     if not files.config.exists():
         return Run(config, files)
     saved = read_config(files)
-    ours, theirs = (flatten(asdict(each)) for each in (follow_saved(config, saved), saved))
+    ours, theirs = (settings_of(each) for each in (follow_saved(config, saved), saved))
     if any(ours[key] != theirs[key] for key in theirs.keys() - MAY_CHANGE | {"test"}):
         hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
         raise InputError(f"{relative(run_dir)} contains another run; {hint}")
@@ -126,23 +126,30 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     """
     saved = read_config(files)
     given = follow_saved(replace(config, resume=None), saved)
-    ours, theirs = flatten(asdict(given)), flatten(asdict(saved))
+    ours, theirs = settings_of(given), settings_of(saved)
     typed = keys_set(ours, invocation)
     other = sorted(key for key in typed - MAY_CHANGE - set(MAY_GROW) if ours[key] != theirs[key])
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
+    if ours["callbacks"] != theirs["callbacks"]:  # what a run's file names is never built
+        raise InputError(
+            f"resume={config.resume} was trained with callbacks={list(saved.callbacks)}; set the same ones"
+        )
     for key, amount in (("trainer.max_epochs", int), ("trainer.max_steps", steps), ("trainer.max_time", seconds)):
         if key in typed and amount(ours[key]) < amount(theirs[key]):
             raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; increase or remove it")
     if files.summary.exists():
         epochs = saved.trainer.max_epochs
         all_epochs = read_summary(files)["epochs"] == epochs
-        ended_by = [key for key in MAY_GROW if (key == "trainer.max_epochs") == all_epochs and theirs[key] is not None]
+        ended_by: list[str] = [
+            key for key in MAY_GROW if (key == "trainer.max_epochs") == all_epochs and theirs[key] is not None
+        ]
         if not any(key in typed and ours[key] != theirs[key] for key in ended_by):
-            ends = " and ".join(f"{key}={theirs[key]}" for key in ended_by)
-            hint = f"trainer.max_epochs={2 * epochs}" if all_epochs else f"a higher {' or '.join(ended_by)}"
-            raise InputError(f"resume={config.resume} is already finished ({ends}); to extend it, set {hint}")
+            ends = " and ".join(f"{key}={theirs[key]}" for key in ended_by) or "a callback ended it"
+            hint = f"set trainer.max_epochs={2 * epochs}" if all_epochs else f"set a higher {' or '.join(ended_by)}"
+            hint = f"to extend it, {hint}" if ended_by else f"start a new run from it with checkpoint={config.resume}"
+            raise InputError(f"resume={config.resume} is already finished ({ends}); {hint}")
     values = {key: ours[key] for key in typed & {*MAY_CHANGE, *MAY_GROW}}
     parts: dict[str, Any] = {}
     for name in sections(Config):
@@ -153,6 +160,12 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     if run.checkpoint is None:
         raise InputError(f"resume={config.resume} has no {relative(files.last)} to continue from; start a new run")
     return run
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """All keys as they are typed, except the loggers, which may always change."""
+    groups = {name: value for name, value in asdict(config).items() if name not in ("callbacks", "logger")}
+    return {**flatten(groups), "callbacks": config.callbacks}
 
 
 def steps(limit: int | None) -> float:
@@ -180,7 +193,7 @@ def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
         ours: the values of all keys that result.
         invocation: the command line.
     """
-    default = flatten(asdict(Config()))
+    default = settings_of(Config())
     changed = {key for key in ours if ours[key] != default[key]}
     if invocation.overrides is None:
         return changed
@@ -297,7 +310,8 @@ def read_config(files: RunFiles) -> Config:
     try:
         saved = yaml.safe_load(files.config.read_text())
         saved.pop("debug", None)  # what traceback was called in earlier versions
-        unknown = sorted(flatten(saved).keys() - flatten(asdict(Config())).keys() - sections(Config).keys())
+        known = flatten(asdict(Config())).keys() | sections(Config).keys()
+        unknown = sorted(key for key in flatten(saved).keys() - known if not key.startswith(("callbacks.", "logger.")))
         if unknown:
             raise InputError(f"{path} has {', '.join(unknown)}, unknown to this version; {version_hint(files)}")
         with register.needs(saved.get("imports", ())):
