@@ -29,6 +29,12 @@ TRAINER = dict(  # of a Trainer that writes and prints nothing
     accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
 )
 
+FEW = [  # two epochs of a few batches
+    "trainer.max_epochs=2",
+    *(f"trainer.limit_{split}_batches={count}" for split, count in (("train", 4), ("val", 2), ("test", 2))),
+    "trainer.log_every_n_steps=1",
+]
+
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
 )

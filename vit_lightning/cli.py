@@ -150,7 +150,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
 
 
 def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
-    """Build a callback or logger; ``save_dir`` is the run's directory unless it is set.
+    """Build a callback or logger; ``save_dir`` and ``dirpath`` are the run's own unless they are set.
 
     Raises:
         InputError: if its class cannot be imported, or does not take the arguments.
@@ -159,8 +159,8 @@ def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
     logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it reports what is raised here
     try:
         takes = inspect.signature(hydra.utils.get_object(target)).parameters
-        place = {"save_dir": str(run_dir)} if "save_dir" in takes and "save_dir" not in settings else {}
-        return hydra.utils.instantiate(settings, **place)
+        places = {"save_dir": str(run_dir), "dirpath": str(run_dir / "checkpoints")}
+        return hydra.utils.instantiate({**{name: places[name] for name in places if name in takes}, **settings})
     except Exception as error:  # whatever the class raises
         cause = error.__cause__ or error
         [reason, *_] = str(cause).splitlines() or [""]

@@ -1,17 +1,21 @@
 """Parameter groups, optimizers and schedules, against torch.optim."""
 
+import re
 from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from vit_lightning import register
 from vit_lightning.config import ModelConfig, OptimConfig
+from vit_lightning.keys import InputError, key
 from vit_lightning.model.vit import ViT
-from vit_lightning.recipe.optim import Muon, build_optimizer, build_schedule, ema_update
+from vit_lightning.recipe.optim import Muon, build_optimizer, build_schedule, ema_update, freeze
 
 SMALL = ModelConfig(image_size=6, patch_size=3, channels=1, num_classes=5, embed_dim=8, layers=2, mlp_head_units=[7])
 CONV = replace(SMALL, image_size=8, patch_embed="conv", patch_size=4, stem_depth=1, stem_se=True)
@@ -46,6 +50,113 @@ def test_adamw_steps_equal_torch():
             optimizer.step()
         nets.append(net)
     torch.testing.assert_close(dict(nets[0].named_parameters()), dict(nets[1].named_parameters()), rtol=1e-5, atol=1e-6)
+
+
+def test_an_optimizer_of_torch_by_name_steps_as_torchs_own():
+    config = OptimConfig(name="SGD", lr=0.1, weight_decay=0.01, decay_all=True, options={"SGD": {"momentum": 0.9}})
+    nets = []
+    for ours in (True, False):
+        torch.manual_seed(0)
+        net = ViT(SMALL)
+        plain = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+        optimizer = build_optimizer(net, config) if ours else plain
+        for seed in range(3):
+            optimizer.zero_grad()
+            batch_loss(net, seed).backward()
+            optimizer.step()
+        nets.append(net)
+    torch.testing.assert_close(dict(nets[0].named_parameters()), dict(nets[1].named_parameters()))
+
+
+def test_an_optimizer_of_timm_by_name():
+    pytest.importorskip("timm")
+    optimizer = build_optimizer(ViT(SMALL), OptimConfig(name="Lion", lr=1e-4))
+    assert (type(optimizer).__module__, optimizer.param_groups[0]["lr"]) == ("timm.optim.lion", 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("Sgd", {}, "optim.name=Sgd is not known; choose one of adamw, muon, a class of torch.optim or timm.optim"),
+        ("Optimizer", {}, "optim.options.Optimizer: "),
+        ("SGD", {"momentm": 1}, "optim.options.SGD: SGD.__init__() got an unexpected keyword argument 'momentm'"),
+        ("SGD", {"momentum": -1}, "optim.options.SGD: Invalid momentum value: -1"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_built_names_the_key(name, options, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        build_optimizer(ViT(SMALL), OptimConfig(name=name, options={name: options}))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "SGD"])
+def test_learning_rates_fall_from_each_block_to_the_one_below(name):
+    """With two blocks, the stem is three steps below the head."""
+    net = ViT(replace(CONV, registers=1))
+    config = OptimConfig(name=name, lr=1.0, muon_lr=1.0, layer_decay=0.5)
+    names = {id(p): name for name, p in net.named_parameters()}
+    rate = {names[id(p)]: g["lr"] for g in build_optimizer(net, config).param_groups for p in g["params"]}
+    assert rate.keys() == dict(net.named_parameters()).keys()
+    depth = {"patch_embed": 3, "cls_token": 3, "pos_embed": 3, "registers": 3, "blocks.0": 2, "blocks.1": 1}
+    for parameter, value in rate.items():
+        part = next((part for part in depth if parameter.startswith(part)), None)
+        assert value == 0.5 ** depth.get(part, 0), parameter
+
+
+def test_frozen_parts_keep_their_weights_and_statistics():
+    net = ViT(CONV)
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    frozen = freeze(net, ["patch_embed", "blocks.0", "pos_embed"])
+    optimizer = build_optimizer(net, OptimConfig(name="muon", muon_lr=0.1))
+    net.train()
+    for module in frozen:
+        module.eval()
+    batch_loss(net, 0).backward()
+    optimizer.step()
+    for name, value in net.state_dict().items():
+        kept = name.startswith(("patch_embed.", "blocks.0.")) or name == "pos_embed"
+        assert torch.equal(value, before[name]) == kept, name
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["patch"], "optim.freeze=patch is not a part of the network; it has patch_embed, "),
+        (["cls_token", "pos_embed", "patch_embed", "blocks", "norm", "head"], "leaves nothing to train"),
+    ],
+)
+def test_what_cannot_be_frozen_is_refused(names, message):
+    with pytest.raises(InputError, match=message):
+        freeze(ViT(SMALL), names)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_binary_cross_entropy_is_that_of_each_class(smoothing):
+    logits, labels = torch.randn(6, 5), torch.arange(6) % 5
+    shares = F.one_hot(labels, 5) * (1 - smoothing) + smoothing / 5
+    each = [F.binary_cross_entropy(logits[:, c].sigmoid(), shares[:, c]) for c in range(5)]
+    torch.testing.assert_close(register.loss["bce"](logits, labels, smoothing), torch.stack(each).sum())
+    torch.testing.assert_close(
+        register.loss["bce"](logits, F.one_hot(labels, 5).float(), smoothing), torch.stack(each).sum()
+    )
+
+
+@pytest.mark.usefixtures("registries")
+def test_a_schedule_of_ones_own_is_warmed_up_and_ends_at_min_lr():
+    @register.schedule("power", exponent=key(1.0, "Exponent.", above=0))
+    def power(done: float, exponent: float) -> float:
+        return (1 - done) ** exponent
+
+    options = {"power": {"exponent": 2.0}}
+    values = rates(OptimConfig(lr=1.0, schedule="power", warmup=0.5, min_lr=0.5, options=options), 8)
+    expected = torch.optim.lr_scheduler.PolynomialLR(
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.5), total_iters=4, power=2.0
+    )
+    tail = [0.5 + expected.get_last_lr()[0]]
+    for _ in range(3):
+        expected.optimizer.step()
+        expected.step()
+        tail.append(0.5 + expected.get_last_lr()[0])
+    assert values == pytest.approx([0.25, 0.5, 0.75, 1.0, *tail])
 
 
 def test_gradients_can_be_clipped_in_mixed_precision():
@@ -160,8 +271,8 @@ def test_states_of_earlier_versions_are_loaded(name):
     state = deepcopy(optimizer.state_dict())
     for part in state.get("parts", [state]):
         for values in part["state"].values():
-            for key, value in values.items():
-                values[key] = value.flatten(1) if value.shape[2:] == (3, 3) else value
+            for name, value in values.items():
+                values[name] = value.flatten(1) if value.shape[2:] == (3, 3) else value
     other.load_state_dict(state)
     for one, stepping in ((net, optimizer), (resumed, other)):
         one.zero_grad()

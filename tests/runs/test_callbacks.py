@@ -8,10 +8,8 @@ import pytest
 from conftest import composed
 from sklearn.metrics import f1_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torchmetrics.classification import MulticlassF1Score
 
 from vit_lightning.data.module import ImageData
-from vit_lightning.recipe import classifier as classifier_module
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.runs.callbacks import EpochRecorder
 from vit_lightning.runs.fit import train
@@ -19,17 +17,9 @@ from vit_lightning.runs.fit import train
 SMALL = ["experiment=quickstart", "model.image_size=8", "model.patch_size=2", "model.layers=1", "dashboard=curves"]
 
 
-def test_a_metric_added_to_the_declaration_reaches_every_record(tmp_path, monkeypatch, digits_run, capsys):
-    declared = classifier_module.build_metrics
-
-    def with_f1(classes: int):
-        metrics = declared(classes)
-        metrics.add_metrics({"f1": MulticlassF1Score(classes, average="macro")})
-        return metrics
-
-    monkeypatch.setattr(classifier_module, "build_metrics", with_f1)
+def test_a_chosen_metric_reaches_every_record(tmp_path, monkeypatch, digits_run, capsys):
     monkeypatch.chdir(digits_run.parent)
-    config = composed(*SMALL, "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2")
+    config = composed(*SMALL, "metrics=[f1]", "trainer.max_epochs=3", "trainer.check_val_every_n_epoch=2")
     run = tmp_path / "run"
     run.mkdir()
     train(config, run)

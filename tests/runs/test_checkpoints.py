@@ -496,7 +496,7 @@ def resumed(files: RunFiles, *arguments: str) -> Run:
     [
         (["optim.lr=1e-3"], "a resumed run keeps its configuration (optim.lr=0.0003); remove optim.lr"),  # the default
         (["model=vit"], "remove model.image_size, model.layers, model.mlp_head_units, model.patch_size"),
-        (["trainer=debug"], "remove trainer.limit_test_batches, trainer.limit_train_batches, "),
+        (["debug=profile"], "remove trainer.limit_test_batches, trainer.limit_train_batches, "),
         (["data=cifar10"], "remove data.source"),
         (["seed=1"], "remove seed"),
     ],

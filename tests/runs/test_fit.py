@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import command, composed, needs_compiler, write_folder
+from conftest import FEW, command, composed, needs_compiler, write_folder
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -180,7 +180,7 @@ def test_last_is_the_last_epochs_checkpoint_and_best_the_bests(digits):
 def test_a_directory_that_holds_a_run_is_not_written_to(digits, start):
     run, _ = digits
     before = (run / "summary.json").read_text()
-    result = command("train", "data=digits", "trainer=debug", f"hydra.run.dir={run}", cwd=start)
+    result = command("train", "data=digits", *FEW, f"hydra.run.dir={run}", cwd=start)
     assert result.returncode == 1
     hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
     assert result.stderr == f"error: {run.relative_to(start)} contains another run; {hint}\n"
@@ -206,7 +206,7 @@ def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(digits, start):
 
 def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
     write_folder(tmp_path / "data" / "pets", {"cat": (40, 10), "dog": (40, 10)})
-    arguments = ["data=image_folder", "data.root=data/pets", "trainer=debug", "trainer.precision=bf16-mixed"]
+    arguments = ["data=image_folder", "data.root=data/pets", *FEW, "trainer.precision=bf16-mixed"]
     run, _ = trained(*arguments, "data.batch_size=8", cwd=tmp_path)
     summary = summary_of(run)
     assert summary["config"]["model"]["num_classes"] == 2
@@ -218,13 +218,13 @@ def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
 
 
 def test_a_sweep_names_its_jobs_and_ends_with_a_table(start):
-    sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.layers=1,2", "trainer.check_val_every_n_epoch=2"]
+    sweep = ["-m", "data=digits", *FEW, *SMALL, "model.layers=1,2", "trainer.check_val_every_n_epoch=2"]
     result = command("train", *sweep, "hydra.sweep.dir=sweep", cwd=start)
     assert result.returncode == 0, result.stderr
     jobs = [start / "sweep" / f"model.layers-{layers}" for layers in (1, 2)]
     assert [summary_of(job)["config"]["model"]["layers"] for job in jobs] == [1, 2]
     assert [summary_of(job)["overrides"].count("model.layers=1") for job in jobs] == [1, 0]
-    assert summary_of(jobs[1])["command"].startswith("python -m vit_lightning.train data=digits trainer=debug ")
+    assert summary_of(jobs[1])["command"].startswith("python -m vit_lightning.train data=digits trainer.max_epochs=2 ")
     assert "model.layers=2" in summary_of(jobs[1])["command"].split()
     with (jobs[0] / "metrics.csv").open() as file:
         assert [row["val/acc"] == "" for row in csv.DictReader(file)] == [True, False]
@@ -242,7 +242,7 @@ def test_a_sweep_names_its_jobs_and_ends_with_a_table(start):
 
 def test_a_sweep_started_again_runs_what_has_not_finished(start):
     """One job done, one killed after its first epoch, one new."""
-    tiny = ["data=digits", "trainer=debug", *SMALL, "trainer.max_epochs=3"]
+    tiny = ["data=digits", *FEW, *SMALL, "trainer.max_epochs=3"]
     assert command("train", *tiny, "seed=0", "hydra.run.dir=again/seed-0", cwd=start).returncode == 0
     killed = start / "again" / "seed-1"
     arguments = [sys.executable, "-m", "vit_lightning.train", *tiny, "seed=1", f"hydra.run.dir={killed}"]
@@ -261,7 +261,7 @@ def test_a_sweep_started_again_runs_what_has_not_finished(start):
 
 
 def test_a_preset_is_a_sweep(start):
-    tiny = ["data=digits", "trainer=debug", "model.image_size=16", "model.layers=1", "model.mlp_head_units=[]"]
+    tiny = ["data=digits", *FEW, "model.image_size=16", "model.layers=1", "model.mlp_head_units=[]"]
     where = ["hydra.sweep.dir=preset", "dashboard=curves"]
     result = command("train", "sweep=patch_size", "model.patch_size=4,8", *tiny, *where, cwd=start)
     assert result.returncode == 0, result.stderr
@@ -283,7 +283,7 @@ def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
 
 
 def test_a_failing_job_stops_no_other_and_fails_the_sweep(start):
-    sweep = ["-m", "data=digits", "trainer=debug", *SMALL, "model.heads=5,2,7", "hydra.sweep.dir=failing"]
+    sweep = ["-m", "data=digits", *FEW, *SMALL, "model.heads=5,2,7", "hydra.sweep.dir=failing"]
     result = command("train", *sweep, cwd=start)
     assert result.returncode == 1
     for job, heads in ((0, 5), (2, 7)):
@@ -321,7 +321,7 @@ def test_an_impossible_grid_ends_before_its_first_job(tmp_path, setting, message
 def test_a_terminal_shows_a_progress_bar_and_keeps_a_line_an_epoch(start):
     ours, theirs = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "200"}
-    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", "trainer=debug", *SMALL]
+    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", *FEW, *SMALL]
     process = subprocess.Popen(arguments, cwd=start, stdout=theirs, stderr=theirs, env=environment)
     os.close(theirs)
     shown = b""
@@ -369,7 +369,7 @@ def test_a_signal_during_the_test_says_so_too(start, number, code):
         f"def interrupted(*_): signal.raise_signal({int(number)})\n"
         "Classifier.test_step = interrupted; runpy.run_module('vit_lightning.train', run_name='__main__')"
     )
-    arguments = [sys.executable, "-c", script, "data=digits", "trainer=debug", "data.eval_batch_size=32", *SMALL]
+    arguments = [sys.executable, "-c", script, "data=digits", *FEW, "data.eval_batch_size=32", *SMALL]
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True)
     [run] = set(start.glob("outputs/*/*")) - before
     assert result.returncode == code
@@ -410,7 +410,7 @@ def test_a_run_killed_while_its_figures_are_drawn_is_finished(start):
         "Dashboard.show_best = lambda *_: os._exit(9)\n"
         "runpy.run_module('vit_lightning.train', run_name='__main__', alter_sys=True)"
     )
-    arguments = ["data=digits", "trainer=debug", *SMALL, "hydra.run.dir=figures"]
+    arguments = ["data=digits", *FEW, *SMALL, "hydra.run.dir=figures"]
     assert subprocess.run([sys.executable, "-c", script, *arguments], cwd=start, capture_output=True).returncode == 9
     result = command("train", *arguments, cwd=start)
     assert result.returncode == 0, result.stderr
@@ -436,7 +436,7 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
 @pytest.mark.slow
 @needs_compiler
 def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
-    arguments = ["experiment=quickstart", "trainer=debug", *SMALL, "model.layers=1"]
+    arguments = ["experiment=quickstart", *FEW, *SMALL, "model.layers=1"]
     run, _ = trained(*arguments, "compile=true", cwd=start)
     plain, _ = trained(*arguments, cwd=start)
     assert weights_of(run).keys() == weights_of(plain).keys()
@@ -446,7 +446,7 @@ def test_a_compiled_run_leaves_an_ordinary_checkpoint(start):
 @pytest.mark.slow
 def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
     environment = {**os.environ, "CXX": "/nowhere/c++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", "trainer=debug", *SMALL, "compile=true"]
+    arguments = [sys.executable, "-m", "vit_lightning.train", "data=digits", *FEW, *SMALL, "compile=true"]
     result = subprocess.run(arguments, cwd=start, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     [line] = result.stderr.splitlines()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import command
+from conftest import FEW, command
 
 from vit_lightning.analysis.figures import draw_sweep
 from vit_lightning.keys import InputError
@@ -126,7 +126,7 @@ TINY = ["data=digits", "model.image_size=8", "model.patch_size=2", "model.mlp_he
 @pytest.mark.slow
 def test_jobs_side_by_side_share_the_cores(tmp_path):
     launcher = ["-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "hydra.sweep.dir=sweep"]
-    grid = ["model.heads=2,4,5", "model.layers=1", "trainer=debug"]
+    grid = ["model.heads=2,4,5", "model.layers=1", *FEW]
     arguments = [sys.executable, "-m", "vit_lightning.train", *launcher, *TINY, *grid]
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
     result = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, env=environment)

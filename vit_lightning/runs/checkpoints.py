@@ -172,7 +172,8 @@ class Saver(Checkpoint):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.recorder.rows[-1]
-        self._save(trainer, pl_module, best=row is self.recorder.best)
+        known = "val/acc" in row or trainer.limit_val_batches == 0  # without validation, the last is the best
+        self._save(trainer, pl_module, best=known and row is self.recorder.best)
         [number] = self._maximum(trainer, self._signal)
         self._exit(number)
 

@@ -133,8 +133,9 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
     if ours["callbacks"] != theirs["callbacks"]:  # what a run's file names is never built
+        names = ",".join(saved.callbacks)
         raise InputError(
-            f"resume={config.resume} was trained with callbacks={list(saved.callbacks)}; set the same ones"
+            f"resume={config.resume} was trained with callbacks=[{names}]; set them, with the same settings"
         )
     for key, amount in (("trainer.max_epochs", int), ("trainer.max_steps", steps), ("trainer.max_time", seconds)):
         if key in typed and amount(ours[key]) < amount(theirs[key]):
