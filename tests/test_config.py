@@ -40,7 +40,7 @@ def run(*arguments: str, cwd: Path, name: str = "train") -> subprocess.Completed
 
 
 def test_defaults_of_conf_and_schema_agree():
-    assert composed() == Config()
+    assert composed("logger=none") == Config()
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -198,7 +198,8 @@ OWN = {  # values that the declarations allow, where a network is to stay small 
         embed_dim=st.sampled_from([8, 12, 16, 24]), heads=st.sampled_from([1, 2, 3, 4]), num_classes=st.none(),
     ),
     "data": dict(
-        options=st.just({}), stored_size=st.none(), batch_size=st.integers(2, 8), eval_batch_size=st.integers(4, 8),
+        options=st.just({}), folds=st.none(), fold=st.just(0), stored_size=st.none(),
+        batch_size=st.integers(2, 8), eval_batch_size=st.integers(4, 8),
     ),
     "augment": dict(
         options=st.just({}), crop=st.integers(0, 3), mixup=st.just(0.0) | st.floats(0.1, 1),

@@ -21,7 +21,17 @@ ALLOWED = {
     "sweeps": {"runs", "analysis"},
     "benchmarks": {"model", "data", "recipe", "analysis"},
 }
-OPTIONAL = {"optuna", "sqlalchemy", "onnx", "onnxruntime", "onnxscript", "timm", "vit_pytorch", "transformers"}
+OPTIONAL = {
+    "optuna",
+    "sqlalchemy",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "timm",
+    "vit_pytorch",
+    "transformers",
+    "datasets",
+}
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

@@ -100,13 +100,19 @@ class DataConfig:
     prefix: ClassVar[str] = "data."
 
     source: str = key("cifar100", "The data set.", choices=register.source)
-    root: str = key("data", "Directory of downloads, or of image_folder's train/<class>/* and test/<class>/*.")
+    root: str = key("data", "Directory of downloads, or of image_folder's train/<class>/* and test/<class>/*; or "
+                    "its CSV file; or npz's file.")  # fmt: skip
+    name: str | None = key(None, "Data set of torchvision or huggingface, such as Flowers102.")
+    skip_unreadable: bool = key(False, "Leave out pictures that cannot be read, instead of naming them in an error.")
     cache_dir: str = key("data/cache", "Directory of the decoded images (uint8 arrays, memory-mapped).")
-    stored_size: int | None = key(None, "Side at which image_folder keeps images, in pixels; null keeps square "
+    stored_size: int | None = key(None, "Side at which pictures are kept, in pixels; null keeps square "
                                   "images of one size up to 256, and others at model.image_size.", low=1)  # fmt: skip
     split: str = key("blog", "blog splits the test images 70/30 into validation and test; standard holds validation "
                      "images out of the training images, class by class.", choices=("blog", "standard"))  # fmt: skip
     val_fraction: float = key(0.1, "Share of the training images that split=standard holds out.", above=0, below=1)
+    folds: int | None = key(None, "Number of parts of a cross-validation of the training images; needs split=standard.",
+                            low=2)  # fmt: skip
+    fold: int = key(0, "Which of them is validated, from 0; data.fold=0,1,2,3,4 with -m for all of five.", low=0)
     split_seed: int = key(42, "Seed of the split, independent of seed.", low=0, high=SEED)
     batch_size: int = key(32, "Training images per step, over all devices.", low=1)
     eval_batch_size: int = key(256, "Images per step in validation and test.", low=1)
@@ -116,8 +122,12 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_values(self)
         register.check_options(self.prefix, self.options, register.source)
-        if self.stored_size is not None and self.source != "image_folder":
-            raise InputError(f"data.stored_size needs data.source=image_folder; remove it for {self.source}")
+        if self.folds is not None and self.split != "standard":
+            raise InputError(f"data.folds={self.folds} needs data.split=standard")
+        if self.fold >= (self.folds or 1):
+            raise InputError(f"data.fold={self.fold} must be less than data.folds={self.folds}")
+        if self.stored_size is not None and self.source in ("cifar100", "cifar10", "digits", "npz"):
+            raise InputError(f"data.stored_size is for pictures of any size; remove it for data.source={self.source}")
 
 
 @dataclass(slots=True)

@@ -59,7 +59,8 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """
 
         def add(part: PartT) -> PartT:
-            if self._owners.setdefault(name, part.__module__) != part.__module__:
+            owner, module = self._owners.setdefault(name, part.__module__), part.__module__
+            if owner != module and not (owner == self.home and module.startswith("vit_lightning.")):
                 raise InputError(f"{self.key}={name} is registered already; choose another name")
             self._parts[name] = part
             self._settings[name] = {
@@ -111,7 +112,10 @@ class Registry(Mapping[str, Callable[..., Any]]):
 block = Registry("model.block", "vit_lightning.model.vit", "prenorm", "blog")
 patch_embed = Registry("model.patch_embed", "vit_lightning.model.stems", "unfold", "conv")
 pool = Registry("model.pool", "vit_lightning.model.layers", "cls", "mean", "attention")
-source = Registry("data.source", "vit_lightning.data.sources", "cifar100", "cifar10", "digits", "image_folder")
+source = Registry(
+    *("data.source", "vit_lightning.data.sources", "cifar100", "cifar10", "digits", "image_folder"),
+    *("npz", "torchvision", "huggingface"),
+)
 augmentation = Registry("augment.batch", "vit_lightning.recipe.augment")
 optimizer = Registry(
     "optim.name", "vit_lightning.recipe.optim", "adamw", "muon", others="a class of torch.optim or timm.optim"

@@ -12,8 +12,8 @@ Summarise the runs of a sweep, finished or not.
   python -m vit_lightning.sweep summary dir=outputs/multirun/…
 
 Prints a row for each setting, the best validation accuracy first, with the mean and standard deviation over runs that
-differ only in their seed, and writes the table to summary.csv and summary.png in that directory. A sweep does the same
-at its end. Started again with hydra.sweep.dir set to its directory, a sweep runs only what has not finished."""
+differ only in seed or fold, and writes the table to summary.csv and summary.png in that directory. A sweep does the
+same at its end. Started again with hydra.sweep.dir set to its directory, a sweep runs only what has not finished."""
 
 
 def main() -> None:

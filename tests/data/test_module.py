@@ -10,15 +10,15 @@ from torch import nn
 from torch.utils.data import random_split
 
 from vit_lightning.config import AugmentConfig, Config, DataConfig, ModelConfig
+from vit_lightning.data.cache import ImageArrays
 from vit_lightning.data.module import BatchIndices, ImageData, follow_data, split_indices
-from vit_lightning.data.sources import ImageArrays
 from vit_lightning.keys import InputError
 
 
 def arrays_of(train_labels: torch.Tensor, test_labels: torch.Tensor) -> ImageArrays:
     labels = {"train": train_labels, "test": test_labels}
     images = {split: torch.zeros(len(values), 1, 1, 1, dtype=torch.uint8) for split, values in labels.items()}
-    return ImageArrays(images, labels, ["a", "b"], [0.0], [1.0])
+    return ImageArrays(images, labels, ["a", "b"], [0.0], [1.0], {})
 
 
 CIFAR_LIKE = arrays_of(torch.arange(50_000) % 100, torch.arange(10_000) % 100)
@@ -44,7 +44,24 @@ def test_standard_split_holds_out_class_by_class_and_keeps_the_test_set():
     assert not torch.equal(parts["val"], other["val"])
 
 
+def test_folds_are_a_stratified_cross_validation():
+    arrays = arrays_of(torch.arange(100) % 4, torch.arange(8) % 4)
+    parts = [split_indices(arrays, DataConfig(split="standard", folds=5, fold=fold)) for fold in range(5)]
+    assert torch.equal(torch.cat([part["val"] for part in parts]).sort().values, torch.arange(100))
+    for part in parts:
+        assert torch.equal(torch.cat([part["train"], part["val"]]).sort().values, torch.arange(100))
+        assert torch.bincount(arrays.labels["train"][part["val"]]).tolist() == [5] * 4
+        assert torch.equal(part["test"], torch.arange(8))
+
+
 def test_splits_that_cannot_be_made_are_refused():
+    few = arrays_of(torch.tensor([0] * 50 + [1] * 3), torch.arange(9))
+    with pytest.raises(InputError, match=r"data\.folds=5 needs as many images of each class; b has 3"):
+        split_indices(few, DataConfig(split="standard", folds=5))
+    with pytest.raises(InputError, match=r"data\.fold=5 must be less than data\.folds=5"):
+        DataConfig(split="standard", folds=5, fold=5)
+    with pytest.raises(InputError, match=r"data\.folds=5 needs data\.split=standard"):
+        DataConfig(split="blog", folds=5)
     with pytest.raises(InputError, match=r"data\.split=blog cannot split 1 test image"):
         split_indices(arrays_of(torch.tensor([0, 1]), torch.tensor([0])), DataConfig(split="blog"))
     with pytest.raises(InputError, match=r"data\.val_fraction=0\.1 cannot be held out class by class"):

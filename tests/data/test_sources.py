@@ -1,4 +1,4 @@
-"""Decoding and caching of the four sources."""
+"""Decoding and caching of the sources."""
 
 import hashlib
 import http.server
@@ -24,8 +24,11 @@ from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from vit_lightning.config import DataConfig
-from vit_lightning.data import sources
-from vit_lightning.data.sources import channel_statistics, decode_image, load_arrays
+from vit_lightning.data import cache as cache_module
+from vit_lightning.data import images
+from vit_lightning.data.cache import channel_statistics
+from vit_lightning.data.images import decode_image
+from vit_lightning.data.sources import _unpickle, load_arrays
 from vit_lightning.keys import InputError
 
 
@@ -81,8 +84,8 @@ def test_large_square_images_are_kept_at_the_networks_size(tmp_path):
 
 def test_a_valid_cache_is_opened_and_not_decoded_again(folder_config, monkeypatch):
     first = load_arrays(folder_config, 8)
-    monkeypatch.setattr(sources, "decode_image", fail)
-    monkeypatch.setattr(sources, "write_cache", fail)
+    monkeypatch.setattr(images, "decode_image", fail)
+    monkeypatch.setattr(cache_module, "write_cache", fail)
     again = load_arrays(folder_config, 8)
     assert torch.equal(first.images["train"], again.images["train"])
     assert torch.equal(first.labels["test"], again.labels["test"])
@@ -101,7 +104,7 @@ def test_a_cache_of_other_content_is_rebuilt(folder, folder_config):
     assert len(caches(folder_config)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "meta cut short"])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "", "{}", "[]", '{"fingerprint":'])
 def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     expected = load_arrays(folder_config, 8).images["train"].clone()
     [cache] = caches(folder_config)
@@ -113,7 +116,7 @@ def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     elif damage == "no meta":
         (cache / "meta.json").unlink()
     else:
-        (cache / "meta.json").write_text('{"fingerprint":')
+        (cache / "meta.json").write_text(damage)
     assert torch.equal(load_arrays(folder_config, 8).images["train"], expected)
 
 
@@ -142,7 +145,7 @@ def test_two_first_starts_at_once_decode_once(folder_config, monkeypatch):
         time.sleep(0.01)
         return decode_image(path, side)
 
-    monkeypatch.setattr(sources, "decode_image", slow)
+    monkeypatch.setattr(images, "decode_image", slow)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: load_arrays(folder_config, 8), range(2))
     assert len(decoded) == len(set(decoded)) == 3 * (9 + 7)
@@ -232,7 +235,7 @@ def test_an_unreadable_picture_is_named(tmp_path, content, reason):
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(buffer, "PNG")
         content = buffer.getvalue()[:5000]
     (tmp_path / "broken.png").write_bytes(content)
-    with pytest.raises(InputError, match=rf"broken\.png cannot be read \(.*{reason}.*\); mend or remove it"):
+    with pytest.raises(InputError, match=rf"broken\.png cannot be read \(.*{reason}.*\)"):
         decode_image(tmp_path / "broken.png", 8)
 
 
@@ -240,7 +243,7 @@ def test_an_unreadable_picture_is_named(tmp_path, content, reason):
 def test_a_link_to_nowhere_is_named(folder, folder_config, stored_size):
     (folder / "train" / "ant" / "000.png").unlink()
     (folder / "train" / "ant" / "000.png").symlink_to("nowhere.png")
-    with pytest.raises(InputError, match=r"ant/000\.png cannot be read \(No such file or directory\); mend or"):
+    with pytest.raises(InputError, match=r"ant/000\.png cannot be read \(No such file or directory\)"):
         load_arrays(replace(folder_config, stored_size=stored_size), 8)
 
 
@@ -249,9 +252,7 @@ def test_a_link_to_nowhere_is_named(folder, folder_config, stored_size):
 
 def mistaken_folder(root: Path, mistake: str) -> None:
     write_folder(root, {"ant": (3, 3), "bee": (3, 3)})
-    if mistake == "no test":
-        (root / "test").rename(root / "validation")
-    elif mistake == "one class":
+    if mistake == "one class":
         (root / "train" / "bee").rename(root / "bee")
         (root / "test" / "bee").rename(root / "bee2")
     elif mistake == "unknown class":
@@ -259,6 +260,13 @@ def mistaken_folder(root: Path, mistake: str) -> None:
     elif mistake == "empty class":
         (root / "train" / "cat").mkdir()
         (root / "train" / "cat" / "notes.txt").write_text("none yet")
+    elif mistake == "broken class":
+        (root / "train" / "cat").symlink_to("nowhere")
+    elif mistake == "two":
+        (root / "validation").mkdir()
+        (root / "test").rename(root / "val")
+        (root / "validation" / "ant").mkdir()
+        Image.new("RGB", (8, 8)).save(root / "validation" / "ant" / "x.png")
     elif mistake == "no classes":
         (root / "train").rename(root / "old")
         (root / "train").mkdir()
@@ -267,11 +275,12 @@ def mistaken_folder(root: Path, mistake: str) -> None:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("no test", r"data\.root=.* has no folder test/; .*reads train/<class>/\* and test/<class>/\*"),
-        ("one class", "holds 1 class folder; a classifier needs two or more"),
-        ("unknown class", r"test/wasp is a class that .*train lacks; add or remove it"),
-        ("empty class", "train/cat holds no PNG, JPEG or WebP file; fill it or remove it"),
-        ("no classes", "train holds no class folder; put images into"),
+        ("one class", "has one class of training images; a classifier needs two or more"),
+        ("unknown class", "has test images of a class wasp without training images"),
+        ("empty class", "train/cat has no picture; add some or remove it"),
+        ("no classes", "train has no class folder; data.root needs train/<class>"),
+        ("broken class", "train/cat is a link to nowhere; restore its target or remove it"),
+        ("two", "has two folders of val images; rename one"),
     ],
 )
 def test_a_mistaken_folder_is_refused(tmp_path, mistake, message):
@@ -283,7 +292,9 @@ def test_a_mistaken_folder_is_refused(tmp_path, mistake, message):
 
 def test_an_unwritable_cache_is_named(folder_config, tmp_path):
     (tmp_path / "cache").write_text("a file where the directory should be")
-    with pytest.raises(InputError, match=r"data\.cache_dir=.*cache cannot be written \(File exists\); choose another"):
+    with pytest.raises(
+        InputError, match=r"data\.cache_dir=.*cache cannot be written \(File exists\); free disk space or choose"
+    ):
         load_arrays(folder_config, 8)
 
 
@@ -355,7 +366,7 @@ def test_cifar_is_downloaded_verified_and_kept(archive, cifar_config, tmp_path, 
         assert arrays.labels[split].tolist() == labels
     assert arrays.class_names == [f"class{index}" for index in range(10)]
     monkeypatch.setattr(datasets.CIFAR100, "url", "http://127.0.0.1:9/gone")
-    monkeypatch.setattr(sources, "write_cache", fail)
+    monkeypatch.setattr(cache_module, "write_cache", fail)
     assert (tmp_path / "data" / "cifar-100-python.tar.gz").exists()
     assert torch.equal(load_arrays(cifar_config, 72).images["train"], arrays.images["train"])
 
@@ -388,7 +399,7 @@ def test_an_archive_that_would_leave_its_folder_is_refused_before_it_is_unpacked
     with tarfile.open(tmp_path / "served" / "cifar-100-python.tar.gz", "w:gz") as tar:
         for name in ("../escaped", str(tmp_path / "escaped"), "cifar-100-python/train"):
             tar.addfile(tarfile.TarInfo(name))
-    with pytest.raises(InputError, match="holds no sound copy"):
+    with pytest.raises(InputError, match="has no valid copy"):
         load_arrays(cifar_config, 72)
     assert not (tmp_path / "escaped").exists()
     assert not (tmp_path / "data" / "cifar-100-python").exists()
@@ -401,13 +412,13 @@ def test_a_batch_that_is_not_what_was_verified_is_not_unpickled(tmp_path):
 
     (tmp_path / "train").write_bytes(pickle.dumps(Malicious()))
     with pytest.raises(InputError, match="train was changed while it was read; delete it and start again"):
-        sources._unpickle(tmp_path / "train", hashlib.md5(b"what was verified").hexdigest())
+        _unpickle(tmp_path / "train", hashlib.md5(b"what was verified").hexdigest())
     assert not (tmp_path / "it-ran").exists()
 
 
 def _prepare(config: DataConfig, marks: Path, until_killed: bool) -> None:
     """Open a source in a process of its own, which leaves a mark when it writes the cache."""
-    statistics = sources.channel_statistics
+    statistics = cache_module.channel_statistics
 
     def marked(images: np.ndarray) -> tuple[list[float], list[float]]:
         with marks.open("a") as file:
@@ -415,7 +426,7 @@ def _prepare(config: DataConfig, marks: Path, until_killed: bool) -> None:
         time.sleep(60 if until_killed else 0.5)
         return statistics(images)
 
-    sources.channel_statistics = marked
+    cache_module.channel_statistics = marked
     load_arrays(config, 8)
 
 

@@ -250,7 +250,7 @@ def test_pictures_and_metrics_reach_mlflow(start, tmp_path):
         params = dict(connection.execute("SELECT key, value FROM params"))
     assert metrics["best/acc"] == metrics["val/acc"] == summary_of(tmp_path / "run")["metrics"]["val/acc"]
     assert params["model.layers"] == "1"
-    assert {path.stem for path in artifacts.rglob("*.png")} >= {"batch", "confusion"}
+    assert {path.stem for path in (tmp_path / "artifacts").rglob("*.png")} >= {"batch", "confusion"}
 
 
 @pytest.mark.slow

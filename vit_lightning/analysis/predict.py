@@ -12,7 +12,7 @@ import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
 from vit_lightning.analysis.figures import draw_attention
-from vit_lightning.data.sources import SUFFIXES, decode_image
+from vit_lightning.data.images import decode_image, is_picture, visible_files
 from vit_lightning.devices import evaluation_device
 from vit_lightning.files import save_figure, write_atomic
 from vit_lightning.keys import InputError, Invocation
@@ -57,7 +57,7 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     for message in unreadable:
         print(f"error: {message}", file=sys.stderr)
     if not rows:
-        raise InputError("no picture was read; images= takes files, directories and globs of PNG, JPEG, WebP and GIF")
+        raise InputError("no picture was read; images= takes files, directories and globs of pictures")
 
     write_atomic(run_dir / "predictions.json", json.dumps(rows, indent=2) + "\n")
     write_csv(run_dir / "predictions.csv", rows)
@@ -76,13 +76,12 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
 
 def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
     """Find the picture files that match files, directories and globs, without repeats, and list unmatched patterns."""
-    suffixes = SUFFIXES | {".gif"}
     paths: dict[Path, None] = {}
     unmatched = []
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes)
+            found = [file for file in visible_files(path) if is_picture(file)]
         elif path.exists():
             found = [path]
         else:

@@ -181,7 +181,11 @@ class Predictions:
                 writer.writerow([name, counts[index], recall[index], acc5, share, other, times[index]])
 
     def write_predictions(self, path: Path) -> None:
-        """Write a row for each image, in the split's order: its label and the five most probable classes."""
+        """Write a row for each image, in the split's order: its file, label and the five most probable classes.
+
+        The file is the image's number in the split if it is not a file.
+        """
+        files = self.data.files(self.split) if self.data is not None else None
         values, classes = self.top5
         numbers = range(1, values.shape[1] + 1)
         with path.open("w", newline="") as file:
@@ -190,7 +194,13 @@ class Predictions:
             for image, label in enumerate(self.labels.tolist()):
                 guesses = [self.class_names[index] for index in classes[image].tolist()]
                 shares = [f"{share:.6f}" for share in values[image].tolist()]
-                writer.writerow([image, self.class_names[label], *chain(*zip(guesses, shares, strict=True))])
+                writer.writerow(
+                    [
+                        files[image] if files else image,
+                        self.class_names[label],
+                        *chain(*zip(guesses, shares, strict=True)),
+                    ]
+                )
 
 
 def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False) -> Predictions:

@@ -7,12 +7,13 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from sklearn.model_selection import train_test_split
+from sklearn.model_selection import StratifiedKFold, train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from vit_lightning.config import ConfigT, DataConfig
-from vit_lightning.data.sources import ImageArrays, load_arrays
+from vit_lightning.data.cache import ImageArrays
+from vit_lightning.data.sources import load_arrays
 from vit_lightning.keys import InputError
 
 
@@ -73,14 +74,13 @@ class ImageData(L.LightningDataModule):
             return
         arrays = load_arrays(self.config, self.image_size)
         self.indices = split_indices(arrays, self.config)
-        if self.config.batch_size > len(self.indices["train"]):
-            raise InputError(
-                f"data.batch_size={self.config.batch_size} exceeds the {len(self.indices['train'])} training images"
-            )
+        count = len(self.indices["train"])
+        if count and self.config.batch_size > count:
+            raise InputError(f"data.batch_size={self.config.batch_size} exceeds the {count} training images")
         self.mean = torch.tensor(arrays.mean)
         self.std = torch.tensor(arrays.std)
         self.class_names = arrays.class_names
-        self.channels = arrays.images["train"].shape[1]
+        self.channels = next(iter(arrays.images.values())).shape[1]
         self.arrays = arrays
 
     def train_dataloader(self) -> DataLoader:
@@ -88,7 +88,13 @@ class ImageData(L.LightningDataModule):
         return self._loader("train", self.config.batch_size, shuffle=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
-        """Return every image of ``train``, ``val`` or ``test``, once, in order."""
+        """Return every image of ``train``, ``val`` or ``test``, once, in order.
+
+        Raises:
+            InputError: if there are none.
+        """
+        if not len(self.indices[split]):
+            raise InputError(f"data.source={self.config.source}, data.root={self.config.root} has no {split} images")
         return self._loader(split, self.config.eval_batch_size, shuffle=False)
 
     def val_dataloader(self) -> DataLoader:
@@ -104,6 +110,14 @@ class ImageData(L.LightningDataModule):
         assert self.arrays is not None, "call setup() first"
         part, indices = self._part(split), self.indices[split][positions]
         return self.arrays.images[part][indices], self.arrays.labels[part][indices]
+
+    def files(self, split: str) -> list[str] | None:
+        """The files of a split's images, relative to ``data.root``; ``None`` if they are not files."""
+        assert self.arrays is not None, "call setup() first"
+        if not len(self.indices[split]):
+            return []
+        paths = self.arrays.paths.get(self._part(split))
+        return None if paths is None else [paths[index] for index in self.indices[split].tolist()]
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
         assert self.arrays is not None, "call setup() first"
@@ -124,11 +138,15 @@ class ImageData(L.LightningDataModule):
         )
 
     def _part(self, split: str) -> str:
-        """The source's own split that contains the images."""
-        return "test" if split == "test" or (split == "val" and self.config.split == "blog") else "train"
+        """The part of the source that contains the images of a split."""
+        assert self.arrays is not None
+        if split in self.arrays.images:
+            return split
+        blog = split == "val" and self.config.split == "blog" and "test" in self.arrays.images
+        return "test" if blog else "train"
 
     def _on_device(self, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The images and labels of ``train`` or ``test``, on the GPU if they fit there next to a network."""
+        """The images and labels of a part of the source, on the GPU if they fit there next to a network."""
         assert self.arrays is not None
         images, labels = self.arrays.images[part], self.arrays.labels[part]
         if device.type != "cuda" or self.config.workers:
@@ -145,7 +163,7 @@ def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
         InputError: if ``model.num_classes`` or ``model.channels`` is set to another number, or the crop is too large.
     """
     assert data.arrays is not None, "call setup() first"
-    side = data.arrays.images["train"].shape[-1]
+    side = next(iter(data.arrays.images.values())).shape[-1]
     if config.augment.crop >= side:
         raise InputError(f"augment.crop={config.augment.crop} must be less than the images' {side} pixels")
     classes, channels = len(data.class_names), data.channels
@@ -159,38 +177,76 @@ def follow_data(config: ConfigT, data: ImageData) -> ConfigT:
 
 
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
-    """Choose the training, validation and test images; in the blog split, validation indexes the test images.
+    """Choose the training, validation and test images.
+
+    The source's own validation images are used where it has some. Otherwise they are 70% of its test images
+    (``data.split=blog``) or are held out of its training images (``standard``), as are test images that it lacks. With
+    validation images of its own, a source may lack test images; without training images it can only be evaluated.
 
     Returns:
-        ``train``, ``val`` and ``test``, each int64 of shape (number of images,).
+        ``train``, ``val`` and ``test``, each int64 of shape (number of images,): indices into the part of the source
+        that contains them.
 
     Raises:
         InputError: if a split would be empty, or a class has too few images to be in each.
     """
-    n_train, n_test = len(arrays.labels["train"]), len(arrays.labels["test"])
+    counts = {part: len(labels) for part, labels in arrays.labels.items()}
+    own = {split: torch.arange(counts.get(split, 0)) for split in ("train", "val", "test")}
+    if "train" not in counts or ("val" in counts and config.folds is None):
+        return own
+    if "val" in counts:
+        raise InputError(f"data.folds={config.folds}: the data has validation images of its own; remove data.folds")
     if config.split == "blog":
+        n_test = counts.get("test", 0)
         # The same numbers as random_split(test_set, [n_val, n_test - n_val], generator=...).
         order = torch.randperm(n_test, generator=torch.Generator().manual_seed(config.split_seed))
         n_val = int(0.7 * n_test)
         if not 0 < n_val < n_test:
             raise InputError(f"data.split=blog cannot split {n_test} test image(s) 70/30; use data.split=standard")
-        return {"train": torch.arange(n_train), "val": order[:n_val], "test": order[n_val:]}
+        return {**own, "val": order[:n_val], "test": order[n_val:]}
+    train = own["train"].numpy()
+    if "test" not in counts:
+        train, test = hold_out(train, arrays, config.val_fraction, config)
+        own["test"] = torch.from_numpy(np.sort(test))
+    size = config.val_fraction if "test" in counts else len(own["test"])
+    train, val = hold_out(train, arrays, size, config) if config.folds is None else fold_of(train, arrays, config)
+    return {**own, "train": torch.from_numpy(np.sort(train)), "val": torch.from_numpy(np.sort(val))}
 
+
+def hold_out(
+    indices: np.ndarray, arrays: ImageArrays, size: float | int, config: DataConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """Divide training images class by class into those that remain and a share (float) or number that is held out.
+
+    Raises:
+        InputError: if a class has too few images.
+    """
+    labels = arrays.labels["train"].numpy()[indices]
     try:
-        train, val = train_test_split(
-            np.arange(n_train),
-            test_size=config.val_fraction,
-            random_state=config.split_seed,
-            stratify=arrays.labels["train"].numpy(),
-        )
+        rest, held = train_test_split(indices, test_size=size, random_state=config.split_seed, stratify=labels)
     except ValueError as error:
-        reason = f"data.val_fraction={config.val_fraction} cannot be held out class by class: {error}"
-        raise InputError(reason) from error
-    return {
-        "train": torch.from_numpy(np.sort(train)),
-        "val": torch.from_numpy(np.sort(val)),
-        "test": torch.arange(n_test),
-    }
+        counts = np.bincount(labels, minlength=len(arrays.class_names))
+        rare = [name for name, count in zip(arrays.class_names, counts, strict=True) if count < 2]
+        few = f"{', '.join(rare[:5])} has 1 image; add some" if rare else str(error)
+        raise InputError(f"data.val_fraction={config.val_fraction} cannot be held out class by class: {few}") from error
+    return rest, held
+
+
+def fold_of(indices: np.ndarray, arrays: ImageArrays, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Divide training images into those of the other folds of a stratified cross-validation and those of one fold.
+
+    Raises:
+        InputError: if a class has fewer images than there are folds.
+    """
+    labels = arrays.labels["train"].numpy()[indices]
+    assert config.folds is not None
+    rarest = int(np.bincount(labels, minlength=len(arrays.class_names)).argmin())
+    if (labels == rarest).sum() < config.folds:
+        name, count = arrays.class_names[rarest], (labels == rarest).sum()
+        raise InputError(f"data.folds={config.folds} needs as many images of each class; {name} has {count}")
+    folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
+    rest, held = list(folds.split(indices, labels))[config.fold]
+    return indices[rest], indices[held]
 
 
 class ArrayDataset(Dataset):

@@ -107,6 +107,9 @@ def open_data(run: Run) -> ImageData:
     """
     data = ImageData(run.config.data, run.config.model.image_size, run.config.seed)
     data.setup()
+    for split, name in (("train", "training"), ("val", "validation")):
+        if not len(data.indices[split]):
+            raise InputError(f"data.root={run.config.data.root} has no {name} images; train/ and val/ would have them")
     run.config = follow_data(run.config, data)
     if run.config.trainer.overfit_batches:
         data.indices["train"] = data.indices["train"][: run.config.trainer.overfit_batches * data.config.batch_size]
@@ -183,7 +186,7 @@ def fit_and_test(
         raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
     # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
     tested = load_classifier(str(files.best))
-    [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test else [{}]
+    [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test and len(data.indices["test"]) else [{}]
     if is_first():
         summary = summarise(config, recorder, trainer, classifier, test)
         dashboard.log_best(trainer, summary)
@@ -212,7 +215,7 @@ def build_trainer(
     """Lightning's Trainer with the callbacks, the loggers and the checkpoints of a run."""
     config = run.config
     bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
-    saver = Saver(run.files, config.save_minutes, recorder, getattr(data.arrays, "digest", None))
+    saver = Saver(run.files, config.save_minutes, recorder, data.arrays.digest if data.arrays else None)
     callbacks: list[L.Callback] = [StopAtNaN(run.folder, config.trainer.log_every_n_steps), *more, saver]
     if config.optim.ema:
         callbacks.append(WeightAverage(multi_avg_fn=ema_update(config.optim.ema)))
@@ -290,13 +293,12 @@ def check_limits(trainer: TrainerConfig, data: ImageData) -> None:
     Raises:
         InputError: if it is not.
     """
-    for split, loader in (
-        ("train", data.train_dataloader()),
-        ("val", data.val_dataloader()),
-        ("test", data.test_dataloader()),
-    ):
+    for split in ("train", "val", "test"):
         key = f"limit_{split}_batches"
         limit = getattr(trainer, key)
+        if not len(data.indices[split]):
+            continue  # a source may lack test images
+        loader = data.train_dataloader() if split == "train" else data.eval_dataloader(split)
         if isinstance(limit, float) and int(limit * len(loader)) == 0:
             raise InputError(f"trainer.{key}={limit} rounds down to 0 of {len(loader)} batches; use trainer.{key}=1")
 

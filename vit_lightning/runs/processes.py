@@ -83,7 +83,7 @@ def check_splits(config: Config, data: ImageData) -> None:
     devices, nodes = count_devices(config)
     for split in ("val", "test"):
         count = len(data.indices[split])
-        if count < devices * nodes:
+        if 0 < count < devices * nodes:
             raise InputError(f"{devices * nodes} processes need as many {split} images, and there are {count}")
 
 

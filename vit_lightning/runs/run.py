@@ -286,10 +286,11 @@ def check_same_data(run: Run, data: ImageData) -> None:
     """
     assert run.content is not None
     theirs = run.content.get("hyper_parameters", {})
-    now: dict[str, str] | None = getattr(data.arrays, "digest", None)
+    assert data.arrays is not None
+    now = data.arrays.digest
     before: dict[str, str] | None = run.content.get("callbacks", {}).get("Saver", {}).get("digest")
     changed = ["class names"] if theirs["class_names"] != data.class_names else []
-    if now and before:
+    if before:
         changed += [f"{split} images" for split in now if now[split] != before.get(split)]
     else:
         for name, values in (("mean", data.mean.tolist()), ("std", data.std.tolist())):

@@ -1,4 +1,4 @@
-"""The table of a sweep. Runs that differ only in their seed are one row: the mean and standard deviation of each."""
+"""The table of a sweep. Runs that differ only in seed or fold are one row: the mean and standard deviation of each."""
 
 import csv
 import json
@@ -41,7 +41,7 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
         directory: of a sweep; every ``summary.json`` below it is a run.
 
     Returns:
-        ``setting`` (the overrides that not all runs share, except the seed) and ``COLUMNS``: means over the runs,
+        ``setting`` (the overrides that not all runs share, except seed and fold) and ``COLUMNS``: means over the runs,
         ``accuracies``, the ``val/acc`` of each, in [0, 1], and ``val/acc ±``, their sample standard deviation, ``None``
         for a single run.
 
@@ -54,7 +54,7 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
     shared = set.intersection(*(set(run["overrides"]) for run in runs))
     settings = defaultdict(list)
     for run in runs:
-        own = [item for item in run["overrides"] if item not in shared and not item.startswith("seed=")]
+        own = [item for item in run["overrides"] if item not in shared and not item.startswith(("seed=", "data.fold="))]
         settings[" ".join(own)].append(run)
     rows = []
     for setting, group in settings.items():
@@ -87,7 +87,7 @@ def show(directory: Path) -> None:
         shares = [f"{row['val/acc']:.1%}", spread, f"{row['val/acc5']:.1%}"]
         cells.append((row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}"))
     header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
-    print_table("validation, mean over the runs that differ only in their seed", header, cells)
+    print_table("validation, mean over the runs that differ only in seed or fold", header, cells)
     try:
         with (directory / "summary.csv").open("w", newline="") as file:
             writer = csv.DictWriter(file, ("setting", *COLUMNS))

@@ -1,0 +1,279 @@
+"""Data sets in memory-mapped arrays: each source is decoded once into uint8 arrays that stay on disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from vit_lightning.config import DataConfig
+from vit_lightning.keys import InputError
+
+PARTS = ("train", "val", "test")  # that a source may have
+LISTED = 10  # files that an error names
+
+
+@dataclass(slots=True)
+class ImageArrays:
+    """A data set, in memory-mapped arrays where it comes from files.
+
+    Attributes:
+        images: by part (``train``, ``val``, ``test``, as far as the source has it), uint8 of shape (number of images,
+            channels, height, width).
+        labels: by part, int64 of shape (number of images,): indices into ``class_names``.
+        class_names: in the order of their indices.
+        mean: of each channel over the training images, in [0, 1].
+        std: the standard deviation of each channel, likewise.
+        digest: by part, a SHA-256 of its class names, labels and pixels, in their order.
+        paths: by part, the files of the images, relative to ``data.root``; empty if they are not files.
+    """
+
+    images: dict[str, Tensor]
+    labels: dict[str, Tensor]
+    class_names: list[str]
+    mean: list[float]
+    std: list[float]
+    digest: dict[str, str]
+    paths: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class ImageSet:
+    """What a source returns, by part (``train``, ``val``, ``test``); a part may be missing.
+
+    Attributes:
+        class_names: in the order of the labels.
+        labels: indices into ``class_names``.
+        images: an array of uint8, (n, height, width), (n, height, width, channels) or (n, channels, height, width); or
+            images (channels, height, width) one at a time, so that any number fits, each of ``shape``. An
+            :class:`~vit_lightning.keys.InputError` among them says why one cannot be read.
+        shape: of each image, if they come one at a time.
+        fits_any_size: whether the size is the images' own, and not chosen for ``model.image_size``.
+        paths: the files of the images, relative to ``data.root``.
+    """
+
+    class_names: list[str]
+    labels: dict[str, np.ndarray]
+    images: dict[str, Iterable[np.ndarray | InputError]]
+    shape: tuple[int, int, int] | None = None
+    fits_any_size: bool = True
+    paths: dict[str, list[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Source:
+    """A data set that is cached.
+
+    Attributes:
+        identify: returns what tells its present content from another.
+        decode: reads it.
+    """
+
+    identify: Callable[[], str]
+    decode: Callable[[], ImageSet]
+
+
+def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArrays:
+    """Open the cached arrays of a source, first decoding it if there are none or they no longer match it.
+
+    Raises:
+        InputError: if the source cannot be read, or the cache cannot be written.
+    """
+    root = Path(config.root).expanduser().resolve()
+    options = f" {config.name} {config.options}" if config.name or config.options else ""
+    key = hashlib.sha256(os.fsencode(f"{root} {config.stored_size}{options}")).hexdigest()[:12]
+    cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
+    arrays = read_cache(cache, source.identify(), image_size)  # without the lock, which needs a writable directory
+    if arrays is not None:
+        return arrays
+    try:
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache.with_name(f".{cache.name}.lock")):  # of two first starts at once, one downloads and decodes
+            arrays = read_cache(cache, source.identify(), image_size)
+            if arrays is None:
+                decoded = source.decode()
+                # Identified again, because a download changes the files.
+                write_cache(cache, source.identify(), decoded, config.skip_unreadable)
+                arrays = open_cache(cache)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error}); free disk space or choose another directory"
+        raise InputError(f"data.cache_dir={config.cache_dir} {reason}") from error
+    return arrays
+
+
+def in_memory(content: ImageSet) -> ImageArrays:
+    """A data set that is read anew each time."""
+    images = {part: channels_first(np.asarray(array)) for part, array in content.images.items()}
+    labels = {part: np.asarray(content.labels[part]).astype(np.int64) for part in images}
+    for part in images:
+        if len(images[part]) != len(labels[part]):
+            raise InputError(f"data: {len(images[part])} {part} images have {len(labels[part])} labels")
+        if len(labels[part]) and not 0 <= labels[part].min() <= labels[part].max() < len(content.class_names):
+            raise InputError(f"data: the {part} labels must be from 0 to {len(content.class_names) - 1}")
+    digest = {}
+    for part, array in images.items():
+        sha = hashlib.sha256(_start_of_digest(content.class_names, labels[part]))
+        sha.update(np.ascontiguousarray(array).data)
+        digest[part] = sha.hexdigest()
+    mean, std = channel_statistics(next(iter(images.values())))
+    tensors = {part: torch.from_numpy(np.ascontiguousarray(array)) for part, array in images.items()}
+    numbers = {part: torch.from_numpy(array) for part, array in labels.items()}
+    return ImageArrays(tensors, numbers, list(content.class_names), mean, std, digest)
+
+
+def channels_first(images: np.ndarray) -> np.ndarray:
+    """Bring arrays of uint8 images to (n, channels, height, width).
+
+    Raises:
+        InputError: if they are not such images.
+    """
+    if images.dtype != np.uint8 or images.ndim not in (3, 4):
+        raise InputError(f"data: images must be uint8 of 3 or 4 dimensions, not {images.dtype} of {images.ndim}")
+    if images.ndim == 3:
+        return images[:, None]
+    return images if images.shape[1] in (1, 3) else images.transpose(0, 3, 1, 2)
+
+
+def read_cache(cache: Path, fingerprint: str, image_size: int) -> ImageArrays | None:
+    """Memory-map the arrays at ``cache``; ``None`` if there are none, or they are of other content or damaged."""
+    try:
+        meta = json.loads((cache / "meta.json").read_text())
+        if meta["fingerprint"] != fingerprint or meta["image_size"] not in (None, image_size):
+            return None
+        return open_cache(cache)
+    except (OSError, EOFError, ValueError, LookupError, TypeError):
+        return None
+
+
+def open_cache(cache: Path) -> ImageArrays:
+    """Memory-map the arrays at ``cache``, whatever their content."""
+    meta = json.loads((cache / "meta.json").read_text())
+    parts = list(meta["digest"])
+    # Copy on write ("c"): torch needs writable memory, and nothing may reach the file.
+    images = {part: np.load(cache / f"{part}_images.npy", mmap_mode="c") for part in parts}
+    labels = {part: np.load(cache / f"{part}_labels.npy") for part in parts}
+    return ImageArrays(
+        images={part: torch.from_numpy(array) for part, array in images.items()},
+        labels={part: torch.from_numpy(array) for part, array in labels.items()},
+        class_names=meta["class_names"],
+        mean=meta["mean"],
+        std=meta["std"],
+        digest=meta["digest"],
+        paths=json.loads((cache / "paths.json").read_text()),
+    )
+
+
+def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadable: bool = False) -> None:
+    """Write the arrays next to ``cache``, and rename the directory when it is complete.
+
+    Raises:
+        InputError: if images cannot be read, unless they are to be skipped.
+    """
+    for left in cache.parent.glob(f".{cache.name}-*"):  # by a process that was killed
+        shutil.rmtree(left)
+    new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
+    try:
+        problems: list[InputError] = []
+        digest, paths = {}, {}
+        for part in content.images:
+            kept, digest[part] = _write_part(new, part, content, problems)
+            if part in content.paths:
+                paths[part] = [name for name, keep in zip(content.paths[part], kept, strict=True) if keep]
+        if problems and not skip_unreadable:
+            raise InputError(describe_unreadable(problems) + "; fix or remove them, or set data.skip_unreadable=true")
+        first = next(iter(content.images))
+        mean, std = channel_statistics(np.load(new / f"{first}_images.npy", mmap_mode="r"))
+        side = np.load(new / f"{first}_images.npy", mmap_mode="r").shape[-1]
+        meta = {
+            "fingerprint": fingerprint,
+            "image_size": None if content.fits_any_size else side,
+            "class_names": content.class_names,
+            "mean": mean,
+            "std": std,
+            "digest": digest,
+        }
+        (new / "paths.json").write_text(json.dumps(paths))
+        (new / "meta.json").write_text(json.dumps(meta, indent=1))
+        if cache.exists():
+            shutil.rmtree(cache)
+        new.rename(cache)
+    except BaseException:
+        shutil.rmtree(new)
+        raise
+
+
+def _write_part(folder: Path, part: str, content: ImageSet, problems: list[InputError]) -> tuple[np.ndarray, str]:
+    """Write the images and labels of a part, and collect what cannot be read.
+
+    Returns:
+        Whether each image was read, and the digest.
+    """
+    labels = content.labels[part].astype(np.int64)
+    shape, images = content.shape, content.images[part]
+    if shape is None:
+        images = channels_first(np.asarray(images))
+        shape = images.shape[1:]
+    kept = np.ones(len(labels), dtype=bool)
+    pixels = hashlib.sha256()
+    with (folder / f"{part}_images.npy").open("wb") as file:  # not through a memory map: a full disk kills those
+        # NumPy leaves room in the header for another number of images.
+        np.lib.format.write_array_header_1_0(file, _header(len(labels), shape))
+        start = file.tell()
+        for number, image in enumerate(images):
+            if isinstance(image, InputError):
+                kept[number] = False
+                problems.append(image)
+                continue
+            data = image.tobytes()
+            pixels.update(data)
+            file.write(data)
+        file.seek(0)
+        np.lib.format.write_array_header_1_0(file, _header(int(kept.sum()), shape))
+        assert file.tell() == start
+    np.save(folder / f"{part}_labels.npy", labels[kept])
+    return kept, hashlib.sha256(_start_of_digest(content.class_names, labels[kept]) + pixels.digest()).hexdigest()
+
+
+def _header(count: int, shape: tuple[int, ...]) -> dict[str, object]:
+    return {"descr": "|u1", "fortran_order": False, "shape": (count, *shape)}
+
+
+def _start_of_digest(class_names: list[str], labels: np.ndarray) -> bytes:
+    return json.dumps(class_names).encode() + labels.tobytes()
+
+
+def describe_unreadable(problems: list[InputError]) -> str:
+    """Name the first files that cannot be read, and the number of all."""
+    names = "; ".join(map(str, problems[:LISTED]))
+    return names if len(problems) <= LISTED else f"{names}; and {len(problems) - LISTED} more"
+
+
+def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
+    """Exact mean and standard deviation of each channel of (n, C, h, w) uint8 images, in [0, 1], from histograms."""
+    channels = range(images.shape[1])
+    counts = np.zeros((images.shape[1], 256))
+    for start in range(0, len(images), 4096):
+        chunk = images[start : start + 4096]
+        counts += np.stack([np.bincount(chunk[:, c].ravel(), minlength=256) for c in channels])
+    share = counts / counts.sum(axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = share @ values
+    std = np.sqrt(share @ values**2 - mean**2)
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a blank channel must not divide by zero
+
+
+def fingerprint(root: Path, files: Iterable[Path]) -> str:
+    """A digest of the names, sizes and modification times of files below ``root``; unreadable ones count too."""
+    digest = hashlib.sha256()
+    for file in files:
+        stat = file.stat() if os.access(file, os.R_OK) else None
+        digest.update(os.fsencode(f"{os.path.relpath(file, root)} {stat and (stat.st_size, stat.st_mtime_ns)}\n"))
+    return digest.hexdigest()
