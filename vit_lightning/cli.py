@@ -46,6 +46,11 @@ OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is
 OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that have no declaration in the schema
 
 
+def added(arguments: list[str]) -> list[str]:
+    """Settings as Hydra takes them: keys without a declaration are added."""
+    return [f"++{item}" if OPEN.match(item) and item[0] not in "+~" else item for item in arguments]
+
+
 def run_command(name: str, task: str, text: str | None) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run a task on it, or a sweep of tasks.
 
@@ -58,7 +63,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
         text: what ``--help`` says first.
     """
     schema = SCHEMAS[name]
-    typed = [f"++{item}" if OPEN.match(item) and item[0] not in "+~" else item for item in sys.argv[1:]]
+    typed = added(sys.argv[1:])
     if {"--help", "-h"} & set(typed):
         chosen = next((item.removeprefix("imports=") for item in typed if item.startswith("imports=")), "")
         try:
@@ -137,7 +142,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
 
     def compose(more: list[str]) -> Any:
         try:
-            return to_config(hydra.compose(name, more), schema)
+            return to_config(hydra.compose(name, added(more)), schema)
         except InputError:
             raise
         except Exception as error:  # Hydra and OmegaConf have many
