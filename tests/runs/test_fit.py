@@ -386,7 +386,10 @@ def test_a_signal_during_the_test_says_so_too(start, number, code):
             "rounds down to 0 of 1 batches; use trainer.limit_val_batches=1",
         ),
         (["data=digits", "trainer=cpu", "trainer.precision=16-mixed"], "use trainer.precision=bf16-mixed"),
-        (["data=image_folder", "data.root=nowhere"], "data.root=nowhere has no folder train/"),
+        (
+            ["data=image_folder", "data.root=nowhere"],
+            "data.root=nowhere is not a directory; data.root needs train/<class>/*",
+        ),
     ],
 )
 def test_what_does_not_fit_data_or_machine_is_refused(tmp_path, monkeypatch, arguments, message):
@@ -427,7 +430,7 @@ def test_without_data_and_network_the_command_says_what_to_do_and_leaves_nothing
     assert result.returncode == 1
     assert result.stdout == ""
     [line] = result.stderr.splitlines()
-    assert line.startswith("error: data=cifar100: data/cifar-100-python holds no sound copy, and https://")
+    assert line.startswith("error: data=cifar100: data/cifar-100-python has no valid copy, and https://")
     assert "put that archive at data/cifar-100-python.tar.gz" in line
     assert "data=digits, which needs no download" in line
     assert list(tmp_path.glob("outputs/*/*")) == []

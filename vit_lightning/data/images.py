@@ -42,9 +42,17 @@ def is_hidden(name: str) -> bool:
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a directory that are not hidden, sorted; links to nowhere and devices too, to be reported."""
+    """All files below a directory that are not hidden, sorted; links to nowhere and devices too, to be reported.
+
+    Raises:
+        OSError: if a directory cannot be read.
+    """
+
+    def stop(error: OSError) -> None:
+        raise error
+
     found = []
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [Path(place, name) for name in sorted(names) if not is_hidden(name)]
     return found

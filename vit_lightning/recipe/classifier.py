@@ -140,7 +140,7 @@ class ViTClassifier(L.LightningModule):
         """
         use = f"step {self.global_rank}" if self.global_rank else "step"
         # With accumulated gradients, several batches share a step.
-        several = self.trainer.accumulate_grad_batches > 1
+        several = self._trainer is not None and self.trainer.accumulate_grad_batches > 1
         number = self.trainer.fit_loop.total_batch_idx if several else self.global_step
         torch.manual_seed(derived_seed(self.hparams["seed"], number, use))
         config, optim = self.augment, self.optim
