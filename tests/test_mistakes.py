@@ -276,7 +276,9 @@ def split(arguments: str) -> list[str]:
 def test_a_folder_that_cannot_be_trained_on_is_said(capsys, monkeypatch, tmp_path, folders, folder, message):
     arguments = ["data=image_folder", f"data.root={folders / folder}", "data.batch_size=2", "data.split=blog"]
     assert message in said(capsys, monkeypatch, tmp_path, "train", *arguments)
-    assert folder in ("one_test_image", "no_test") or not list(tmp_path.glob("data/cache/[!.]*"))  # which can be decoded
+    assert folder in ("one_test_image", "no_test") or not list(
+        tmp_path.glob("data/cache/[!.]*")
+    )  # which can be decoded
 
 
 UNWRITABLE = "/out cannot be written (Permission denied); choose another hydra.run.dir"

@@ -75,7 +75,7 @@ def test_one_command_trains_in_two_processes_and_leaves_one_run(runs, name):
     assert summary["samples_seen"] == 3 * (1293 // 64 * 64)
     with (runs / name / "metrics.csv").open() as file:
         assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2", "3"]
-    assert out.count("epoch 1/3") == 1
+    assert out.count("  1/3 ") == 1
     assert out.count("best of 3 epochs") == 1
     step = "2 processes, 32 of the 64 images per step in each; gradients are averaged"
     assert step in out

@@ -19,9 +19,8 @@ from vit_lightning.files import RunFiles, save_figure, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
+from vit_lightning.runs.progress import SPEED, describe_epoch, epoch_header
 from vit_lightning.terminal import relative
-
-SPEED = "train/images_per_second"
 
 
 class EpochRecorder(Callback):
@@ -47,6 +46,7 @@ class EpochRecorder(Callback):
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
         self._validated = False
+        self._header_printed = False
         self._train_end: float | None = None  # the time at which the epoch's validation began
         self._before = 0.0, 0.0  # seconds of the run and of its current epoch before it was resumed
 
@@ -158,6 +158,9 @@ class EpochRecorder(Callback):
         self._write([row])
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
+        if not self._header_printed:
+            print(epoch_header(trainer.max_epochs or 0))
+            self._header_printed = True
         print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -294,18 +297,3 @@ class StopAtNaN(Callback):
 def metrics_of(row: dict[str, float]) -> dict[str, float]:
     """The training and validation metrics of a row of ``metrics.csv``, without the speed."""
     return {name: value for name, value in row.items() if name.startswith(("train/", "val/")) and name != SPEED}
-
-
-def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
-    """Summarise an epoch in one line: metrics, speed, and the estimated time left, at most ``limit`` seconds."""
-    left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
-    parts = [f"epoch {row['epoch']}/{epochs}"]
-    for stage in ("train", "val"):
-        if f"{stage}/loss" in row:
-            parts.append(
-                f"{stage} loss {row[f'{stage}/loss']:.3f} "
-                f"top-1 {row[f'{stage}/acc']:.1%} top-5 {row[f'{stage}/acc5']:.1%}"
-            )
-    parts.append(f"{row[SPEED]:,.0f} images/s")
-    parts.append(f"{left:,.0f} s left" if left < 120 else f"{left / 60:,.0f} min left")
-    return "  ".join(parts)

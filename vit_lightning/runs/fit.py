@@ -11,7 +11,6 @@ from typing import Any
 import lightning as L
 import torch
 import yaml
-from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.model_summary import ModelSummary
@@ -39,6 +38,7 @@ from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopA
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
 from vit_lightning.runs.processes import check_splits, placement, share_run_dir
+from vit_lightning.runs.progress import EpochBar
 from vit_lightning.runs.run import Run, check_same_data, lock_run
 from vit_lightning.terminal import is_first, print_table, relative
 
@@ -214,15 +214,13 @@ def build_trainer(
 ) -> L.Trainer:
     """Lightning's Trainer with the callbacks, the loggers and the checkpoints of a run."""
     config = run.config
-    bar = config.trainer.enable_progress_bar and sys.stdout.isatty()
     saver = Saver(run.files, config.save_minutes, recorder, data.arrays.digest if data.arrays else None)
-    callbacks: list[L.Callback] = [StopAtNaN(run.folder, config.trainer.log_every_n_steps), *more, saver]
+    bars = [EpochBar()] if config.trainer.enable_progress_bar and sys.stdout.isatty() and is_first() else []
+    callbacks: list[L.Callback] = [*bars, StopAtNaN(run.folder, config.trainer.log_every_n_steps), *more, saver]
     if config.optim.ema:
         callbacks.append(WeightAverage(multi_avg_fn=ema_update(config.optim.ema)))
     if config.target_acc or config.target_acc5:
         callbacks.append(StopAtTarget(config.target_acc or 0.0, config.target_acc5 or 0.0))
-    if bar:
-        callbacks.append(RichProgressBar())
     for logger in loggers:
         logger.log_hyperparams(hyper_parameters(config))
     content, run.content = run.content, None  # freed once the Trainer has loaded it
@@ -235,7 +233,7 @@ def build_trainer(
             **arguments,
             "max_steps": config.trainer.max_steps or -1,
             "profiler": profiler and profiler(dirpath=run.folder, filename="profile"),
-            "enable_progress_bar": bar,
+            "enable_progress_bar": False,  # EpochBar is one
             **placement(config),
         },
         default_root_dir=run.folder,
@@ -329,7 +327,7 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
     )
     machine, device = hardware(), trainer.strategy.root_device
     name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
-    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes; on {name}")
+    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes\ndevice: {name}")
     if trainer.world_size > 1:
         print(describe_step(config, trainer.world_size))
 

@@ -1,0 +1,94 @@
+"""What a run shows while it trains: a line for each epoch, at most 80 characters wide, and a bar below the lines."""
+
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+SPEED = "train/images_per_second"
+
+
+def epoch_header(epochs: int) -> str:
+    """The header of the lines of :func:`describe_epoch`."""
+    return f"{'epoch':>{_width(epochs)}}   train loss   top-1   val loss   top-1   top-5  images/s  time left"
+
+
+def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
+    """Summarise an epoch in one line, with the estimated time left, at most ``limit`` seconds."""
+    left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
+    time = f"{left:,.0f} s" if left < 120 else f"{left / 60:,.0f} min" if left < 36_000 else f"{left / 3600:,.0f} h"
+    cells = [f"{row['train/loss']:12.3f}", f"{row['train/acc']:7.1%}"]
+    if "val/loss" in row:
+        cells += [f"{row['val/loss']:10.3f}", f"{row['val/acc']:7.1%}", f"{row['val/acc5']:7.1%}"]
+    else:
+        cells += [" " * 10, " " * 7, " " * 7]
+    number = f"{row['epoch']:.0f}/{epochs}"
+    return f"{number:>{_width(epochs)}} {' '.join(cells)} {row[SPEED]:9,.0f} {time:>10}"
+
+
+def _width(epochs: int) -> int:
+    return max(5, 2 * len(str(epochs)) + 1)
+
+
+class EpochBar(Callback):
+    """A bar for the epoch that is running, erased before its line is printed.
+
+    Lightning's own bars leave lines behind, count epochs from 0 and do not fit a terminal of 80 columns.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Progress | None = None
+
+    def _show(self, text: str, total: int, completed: int = 0) -> None:
+        """Start a new bar, in place of the one before."""
+        self._erase()
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
+        more = (TextColumn("{task.fields[loss]}"), TimeRemainingColumn(compact=True))
+        self._bar = Progress(*columns, *more, transient=True, console=Console(), expand=True, refresh_per_second=5)
+        self._task = self._bar.add_task(text, total=total, completed=completed, loss="")
+        self._bar.start()
+
+    def _erase(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._bar = None
+
+    def _advance(self, **changes: Any) -> None:
+        if self._bar is not None:
+            self._bar.update(self._task, advance=1, **changes)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # in an epoch that is continued
+        self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", int(trainer.num_training_batches), done)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        every = 1 if outputs["loss"].is_cpu else 20  # reading a loss waits for the device
+        self._advance(**({"loss": f"loss {outputs['loss'].item():.3f}"} if batch_idx % every == 0 else {}))
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show("validation", int(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._erase()
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._erase()
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._show("test", int(sum(trainer.num_test_batches)))
+
+    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        self._advance()
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._erase()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._erase()
