@@ -8,7 +8,7 @@ from PIL import Image
 from torch import nn
 from torchvision import transforms
 
-from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, installed, library, tutorial_loader
+from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, installed, library
 from vit_lightning.config import ModelConfig
 from vit_lightning.model.vit import ViT
 
@@ -55,8 +55,6 @@ def test_the_tutorials_images_go_through_pil_one_at_a_time():
     image, label = images[2]
     torch.testing.assert_close(image, expected)
     assert label == 2
-    batches = list(tutorial_loader(images, 4, workers=0))
-    assert [batch.shape for batch, _ in batches] == [(4, 3, 15, 15)]
 
 
 @pytest.mark.parametrize("name", ["torchvision", "timm", "vit-pytorch", "Hugging Face"])

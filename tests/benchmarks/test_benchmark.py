@@ -6,13 +6,12 @@ import sys
 
 import pytest
 from conftest import composed
+from PIL import Image
 
 from vit_lightning.benchmarks.benchmark import benchmark, spread, training_flops
 from vit_lightning.config import ModelConfig
 from vit_lightning.keys import InputError
 from vit_lightning.schemas import BenchmarkRun
-
-pytestmark = pytest.mark.slow
 
 SMALL = [
     "model.image_size=12",
@@ -23,6 +22,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 def test_the_command_measures_prints_and_keeps(tmp_path):
     times = ["benchmark.rounds=2", "benchmark.steps=2", "benchmark.warmup=1", "data.batch_size=8"]
     command = [sys.executable, "-m", "vit_lightning.benchmark", "data=digits", "augment=shift", *SMALL, *times]
@@ -48,7 +48,8 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
     assert 10**8 < report["peak_memory_bytes"] < 10**10
     assert report["start_up_seconds"].keys() == {"--help", "--cfg job", "a mistake"}
     assert report["command"].startswith("python -m vit_lightning.benchmark data=digits")
-    assert path.with_name("benchmark.png").exists()
+    Image.open(path.with_name("benchmark.png")).verify()
+    assert sorted(file.name for file in path.parent.iterdir() if file.is_file()) == ["benchmark.json", "benchmark.png"]
 
 
 def test_flops_are_those_of_the_matrix_products():

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.models import VisionTransformer
 from torchvision.transforms.functional import to_pil_image
 
 from vit_lightning.config import ModelConfig
-
-WORKERS = 4
 
 
 class TutorialBlock(nn.Module):
@@ -80,8 +78,8 @@ class TutorialImages(Dataset):
     """One image at a time: resized, rotated within ±7°, flipped half of the time, scaled to [0, 1], normalised.
 
     Args:
-        images: uint8 of shape (number of images, C, h, w).
-        labels: int64 of shape (number of images,).
+        images: uint8 of shape (n, C, h, w).
+        labels: int64 of shape (n,).
         size: S, in pixels.
         mean: of each channel on [0, 1].
         std: the standard deviation of each channel, likewise.
@@ -90,26 +88,14 @@ class TutorialImages(Dataset):
     def __init__(self, images: Tensor, labels: Tensor, size: int, mean: list[float], std: list[float]) -> None:
         self.images = images
         self.labels = labels
-        self.transform = transforms.Compose(
-            [
-                transforms.Resize((size, size)),
-                transforms.RandomRotation(7),
-                transforms.RandomHorizontalFlip(),
-                transforms.ToTensor(),
-                transforms.Normalize(mean, std),
-            ]
-        )
+        steps = [transforms.Resize((size, size)), transforms.RandomRotation(7), transforms.RandomHorizontalFlip()]
+        self.transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(mean, std)])
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(to_pil_image(self.images[index])), int(self.labels[index])
-
-
-def tutorial_loader(images: TutorialImages, batch_size: int, workers: int = WORKERS) -> DataLoader:
-    """Shuffled batches of normalised floats (B, C, S, S) and labels (B,), the last incomplete one dropped."""
-    return DataLoader(images, batch_size, shuffle=True, drop_last=True, num_workers=workers)
 
 
 def installed(channels: int) -> list[str]:
@@ -119,66 +105,36 @@ def installed(channels: int) -> list[str]:
 
 
 def library(name: str, config: ModelConfig) -> nn.Module:
-    """The Vision Transformer of a library, of the same shape, with the same head.
+    """The Vision Transformer of one of the :func:`installed` libraries, of the same shape, with the same head.
 
     ``config.dropout`` is the probability of every dropout inside, which each library has where it chose: all drop after
     the attention and after the second MLP layer, all but Hugging Face between the two MLP layers, torchvision and
     Hugging Face the embeddings too, and vit-pytorch the attention weights.
-
-    Raises:
-        ValueError: if the library is not one of :func:`installed`'s.
     """
-    C, D, S, P = config.channels, config.embed_dim, config.image_size, config.patch_size
+    S, P, C, D = config.image_size, config.patch_size, config.channels, config.embed_dim
+    layers, heads, M, p = config.layers, config.heads, config.mlp_dim, config.dropout
     assert C is not None
     net: Any
     if name == "torchvision":
-        net = VisionTransformer(S, P, config.layers, config.heads, D, config.mlp_dim, dropout=config.dropout)
+        net = VisionTransformer(S, P, layers, heads, D, M, dropout=p)
         net.heads = stock_head(config)
     elif name == "timm":
         from timm.models.vision_transformer import VisionTransformer as TimmViT
 
-        net = TimmViT(
-            S,
-            P,
-            C,
-            embed_dim=D,
-            depth=config.layers,
-            num_heads=config.heads,
-            mlp_ratio=config.mlp_dim / D,
-            proj_drop_rate=config.dropout,
-        )
+        net = TimmViT(S, P, C, embed_dim=D, depth=layers, num_heads=heads, mlp_ratio=M / D, proj_drop_rate=p)
         net.head = stock_head(config)
     elif name == "vit-pytorch":
-        from vit_pytorch import ViT as VitPytorchViT
+        from vit_pytorch import ViT
 
-        net = VitPytorchViT(
-            image_size=S,
-            patch_size=P,
-            channels=C,
-            num_classes=1,
-            dim=D,
-            depth=config.layers,
-            heads=config.heads,
-            dim_head=D // config.heads,
-            mlp_dim=config.mlp_dim,
-            dropout=config.dropout,
-        )
+        blocks: dict[str, Any] = dict(depth=layers, heads=heads, dim_head=D // heads, mlp_dim=M, dropout=p)
+        net = ViT(image_size=S, patch_size=P, channels=C, num_classes=1, dim=D, **blocks)
         net.mlp_head = stock_head(config)
-    elif name == "Hugging Face":
+    else:
         from transformers import ViTConfig, ViTForImageClassification
 
-        shape = ViTConfig(
-            image_size=S,
-            patch_size=P,
-            num_channels=C,
-            hidden_size=D,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            intermediate_size=config.mlp_dim,
-            hidden_dropout_prob=config.dropout,
-        )
+        widths: dict[str, Any] = dict(hidden_size=D, intermediate_size=M, num_attention_heads=heads)
+        images: dict[str, Any] = dict(image_size=S, patch_size=P, num_channels=C)
+        shape = ViTConfig(**images, **widths, num_hidden_layers=layers, hidden_dropout_prob=p)
         net = ViTForImageClassification(shape)
         net.classifier = stock_head(config)
-    else:
-        raise ValueError(f"{name} is not a library that is compared")
     return net

@@ -1,17 +1,16 @@
-"""Measure this project beside the tutorial's script and other libraries: ``python -m vit_lightning.benchmark``.
+"""Measure this project next to the tutorial's script and other libraries: ``python -m vit_lightning.benchmark``.
 
-Contestants take turns, round by round, so that a slow machine slows all alike; what is compared comes from one run.
+Contestants take turns, round by round, so that a slow phase of the machine affects all of them alike.
 """
 
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -23,11 +22,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vit_lightning.analysis.figures import draw_benchmark
-from vit_lightning.benchmarks.baselines import installed
-from vit_lightning.benchmarks.contestants import OURS, PIL, TUTORIAL, measure, operator_shares, prepare, sizes
+from vit_lightning.benchmarks.contestants import (
+    GROUPS,
+    OURS,
+    TUTORIAL,
+    Measurement,
+    contestants,
+    matmul_rate,
+    operator_shares,
+    process_of,
+    sizes,
+    step_seconds,
+)
 from vit_lightning.config import ModelConfig
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import check_accelerator, quiet_lightning
+from vit_lightning.files import save_figure, write_atomic
 from vit_lightning.keys import InputError, Invocation, from_python
 from vit_lightning.model.vit import ViT
 from vit_lightning.provenance import provenance
@@ -47,9 +57,8 @@ def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None
         InputError: if the data or the machine does not fit the configuration.
     """
     if config.model.block != "prenorm" or config.trainer.precision != "32-true":
-        raise InputError("the benchmark compares model.block=prenorm at trainer.precision=32-true; leave both out")
+        raise InputError("the benchmark compares model.block=prenorm at trainer.precision=32-true; remove both")
     memory = peak_memory(config)  # while this process is small: a child's peak begins at its parent's
-
     quiet_lightning()
     check_accelerator(config.trainer)
     record = provenance(invocation or from_python())
@@ -58,57 +67,55 @@ def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None
     config = follow_data(config, data)
     trainer = L.Trainer(accelerator=config.trainer.accelerator, devices=1, logger=False, enable_checkpointing=False)
     device = trainer.strategy.root_device
-
-    speeds: dict[str, dict[str, list[float]]] = {"training": {}, "input pipeline": {}, "inference": {}}
-    steps: dict[str, dict[int, list[float]]] = {
-        axis: {value: [] for value in runs} for axis, runs in sizes(config).items()
-    }
-    matmul: list[float] = []
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # nothing: the profiler logs to the terminal; processes inherit this
-    with ExitStack() as stack:
-        processes = {
-            name: stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
-            for name in (OURS, TUTORIAL, PIL, *installed(data.channels))
-        }
-        offers = {name: process.submit(prepare, name, config, device) for name, process in processes.items()}
-        for name, offer in offers.items():
-            for group in speeds.keys() & offer.result():
-                speeds[group][name] = []
-        for number in range(1, config.benchmark.rounds + 1):
-            print(f"round {number}/{config.benchmark.rounds}", flush=True)
-            for group, contestants in speeds.items():
-                for name, values in contestants.items():
-                    values.append(processes[name].submit(measure, group).result())
-            for axis, points in steps.items():
-                for value, seconds in points.items():
-                    seconds.append(processes[OURS].submit(measure, f"{axis}={value}").result())
-            matmul.append(processes[OURS].submit(measure, "matrix products").result())
-        shares = processes[OURS].submit(operator_shares, config, device).result()
-
-    flops = training_flops(config.model)
+    flops, measured = training_flops(config.model), measure_in_turn(config, device, data.channels)
+    training, matmul = measured["speeds"]["training"], measured["matmul_flops_per_second"]
     report = {
         **record,
         "device": str(device),
-        "speeds": {
-            group: {name: spread(values) for name, values in contestants.items()}
-            for group, contestants in speeds.items()
-        },
-        "step_seconds": {
-            axis: [{axis: value, **spread(seconds)} for value, seconds in points.items()]
-            for axis, points in steps.items()
-        },
-        "step_shares": shares,
+        **measured,
         "training_flops_per_image": flops,
-        "matmul_flops_per_second": spread(matmul),
-        "share_of_matmul_rate": flops * statistics.median(speeds["training"][OURS]) / statistics.median(matmul),
+        "share_of_matmul_rate": flops * training[OURS]["median"] / matmul["median"],
         "peak_memory_bytes": memory,
         "start_up_seconds": {name: spread(times) for name, times in start_up(config.benchmark.rounds).items()},
         "config": asdict(config),
     }
-    (run_dir / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")
-    draw_benchmark(report).savefig(run_dir / "benchmark.png")
-    show(report, run_dir)
-    return report["speeds"]["training"][OURS]["median"] / report["speeds"]["training"][TUTORIAL]["median"]
+    write_atomic(run_dir / "benchmark.json", json.dumps(report, indent=2) + "\n")
+    save_figure(draw_benchmark(report), run_dir / "benchmark.png")
+    show(report)
+    print_files(run_dir / name for name in ("benchmark.json", "benchmark.png"))
+    return training[OURS]["median"] / training[TUTORIAL]["median"]
+
+
+def measure_in_turn(config: BenchmarkRun, device: torch.device, channels: int) -> dict[str, Any]:
+    """Measure each contestant once per round, and this project's growth and operators as well.
+
+    Returns:
+        ``speeds`` (by group and contestant), ``step_seconds`` (by axis), ``step_shares`` (by operator) and
+        ``matmul_flops_per_second``, as in ``benchmark.json``.
+    """
+    entrants, grown = contestants(channels), sizes(config)
+    plan: list[tuple[str, Any, str, Measurement, BenchmarkRun]] = [
+        *((group, one.name, one.name, one.speeds[group], config) for group in GROUPS for one in entrants
+          if group in one.speeds),
+        *((axis, size, OURS, step_seconds, run) for axis, runs in grown.items() for size, run in runs.items()),
+        ("matrix products", "", OURS, matmul_rate, config),
+    ]  # fmt: skip
+    values: dict[str, dict[Any, list[float]]] = defaultdict(lambda: defaultdict(list))
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # silences the profiler's log; processes inherit this
+    with ExitStack() as stack:
+        measure = {one.name: stack.enter_context(process_of(one, config, device)) for one in entrants}
+        for number in range(1, config.benchmark.rounds + 1):
+            print(f"round {number}/{config.benchmark.rounds}", flush=True)
+            for group, key, name, measurement, run in plan:
+                values[group][key].append(measure[name](measurement, run))
+        shares = measure[OURS](operator_shares, config)
+    spreads = {group: {key: spread(each) for key, each in keys.items()} for group, keys in values.items()}
+    return {
+        "speeds": {group: spreads[group] for group in GROUPS},
+        "step_seconds": {axis: [{axis: size, **each} for size, each in spreads[axis].items()] for axis in grown},
+        "step_shares": shares,
+        "matmul_flops_per_second": spreads["matrix products"][""],
+    }
 
 
 def training_flops(model: ModelConfig) -> int:
@@ -123,17 +130,19 @@ def training_flops(model: ModelConfig) -> int:
 
 def peak_memory(config: BenchmarkRun) -> int:
     """The largest resident memory, in bytes, of a process that trains the same network on the same data."""
-    keys = ("root", "cache_dir", "split", "batch_size")
-    data = [f"data={config.data.source}", *(f"data.{key}='{getattr(config.data, key)}'" for key in keys)]
-    model = [f"model.{key}={value}" for key, value in asdict(config.model).items() if value is not None]
+    sections = {"data.": asdict(config.data), "model.": asdict(config.model), "": {"imports": config.imports or None}}
+    keys = [
+        f"{prefix}{key}='{value}'" if isinstance(value, str) else f"{prefix}{key}={value}"
+        for prefix, section in sections.items()
+        for key, value in section.items()
+        if value is not None and key != "options"
+    ]
     limits = ["trainer.max_epochs=1", *(f"trainer.limit_{split}_batches=30" for split in ("train", "val", "test"))]
     with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [*TRAIN, *data, *model, *limits, f"hydra.run.dir='{folder}/run'"], stdout=subprocess.DEVNULL
-        )
+        process = subprocess.Popen([*TRAIN, *keys, *limits, f"hydra.run.dir='{folder}/run'"], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise InputError("the train command failed on this configuration, as said above")
+        raise InputError("the train command failed on this configuration, (see above)")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
 
 
@@ -154,15 +163,14 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
 
 
-def show(report: dict[str, Any], run_dir: Path) -> None:
+def show(report: dict[str, Any]) -> None:
     """Print the tables."""
-    for group, contestants in report["speeds"].items():
+    for group, speeds in report["speeds"].items():
         rows: list[tuple[str, ...]] = []
-        ours = contestants[OURS]["median"]
-        for name, speed in sorted(contestants.items(), key=lambda item: -item[1]["median"]):
-            ratio = "" if name == OURS else f"{ours / speed['median']:.2f} ×"
+        for name, speed in sorted(speeds.items(), key=lambda item: -item[1]["median"]):
+            ratio = f"{speeds[OURS]['median'] / speed['median']:.2f} ×"
             rows.append((name, f"{speed['median']:,.0f}", f"{speed['min']:,.0f} – {speed['max']:,.0f}", ratio))
-        print_table(group, ("", "images/s", "least to greatest", "ours is faster by"), rows)
+        print_table(group, ("", "images/s", "range", f"speed-up of {OURS}"), rows)
     rows = []
     for axis, points in report["step_seconds"].items():
         for point in points:
@@ -170,15 +178,14 @@ def show(report: dict[str, Any], run_dir: Path) -> None:
             per_image = 1000 * milliseconds / point.get("batch", report["config"]["data"]["batch_size"])
             rows.append((axis, str(point[axis]), f"{milliseconds:,.1f}", f"{per_image:,.0f}"))
         rows.append(())
-    print_table("cost of a training step", ("", "value", "ms", "per image (µs)"), rows)
+    print_table("cost of a training step", ("", "value", "ms", "µs per image"), rows)
     shares = [(name, f"{share:.1%}") for name, share in report["step_shares"].items()]
-    print_table("where the time of a training step goes", ("operator", "share"), shares)
+    print_table("time of a training step by operator", ("operator", "share"), shares)
     flops, rate = report["training_flops_per_image"], report["matmul_flops_per_second"]["median"]
     print(
-        f"{flops / 1e9:.3f} GFLOP a training image; matrix products run at {rate / 1e9:,.0f} GFLOP/s; "
-        f"{report['share_of_matmul_rate']:.0%} of that is used"
+        f"{flops / 1e9:.3f} GFLOP per training image; training reaches {report['share_of_matmul_rate']:.0%} of the "
+        f"{rate / 1e9:,.0f} GFLOP/s of matrix products"
     )
-    print(f"peak memory of the train command {report['peak_memory_bytes'] / 1e9:.2f} GB")
+    print(f"peak memory of the train command: {report['peak_memory_bytes'] / 1e9:.2f} GB")
     for name, seconds in report["start_up_seconds"].items():
-        print(f"{name} takes {seconds['median']:.2f} s")
-    print_files(run_dir / name for name in ("benchmark.json", "benchmark.png"))
+        print(f"time of {name}: {seconds['median']:.2f} s")

@@ -1,125 +1,153 @@
-"""What a contestant of the benchmark measures, in a process of its own, with memory and settings of its own."""
+"""The implementations that are compared, and what is measured of each in a process of its own."""
 
+import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle, repeat
+from multiprocessing.connection import Connection
 from typing import Any
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.data import DataLoader
 
-from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, library, tutorial_loader
+from vit_lightning.benchmarks.baselines import TutorialImages, TutorialViT, installed, library
+from vit_lightning.config import ModelConfig
 from vit_lightning.data.module import ImageData
 from vit_lightning.devices import compile_network, now, quiet_lightning, tune_malloc
+from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import train_transform
 from vit_lightning.recipe.classifier import ViTClassifier
-from vit_lightning.schemas import BenchmarkConfig, BenchmarkRun
+from vit_lightning.schemas import BenchmarkRun
 
 OURS, TUTORIAL, PIL = "vit_lightning", "the tutorial's script", "PIL and torchvision, one worker"
+GROUPS = ("training", "input pipeline", "inference")
 
 Batches = Iterator[tuple[Tensor, Tensor]]
 Step = Callable[[Tensor, Tensor], object]
-Measure = Callable[[], float]  # measures once
+Network = Callable[[ModelConfig], nn.Module]
+Measurement = Callable[[BenchmarkRun, ImageData, torch.device], Any]
+Source = Callable[[BenchmarkRun, ImageData, torch.device], Batches]
 
-MEASURES: dict[str, Measure] = {}  # of this process
 
+@dataclass(frozen=True)
+class Contestant:
+    """An implementation.
 
-def prepare(name: str, config: BenchmarkRun, device: torch.device) -> list[str]:
-    """Make this process a contestant.
-
-    Args:
-        name: ``OURS``, ``TUTORIAL``, ``PIL`` or one of :func:`vit_lightning.benchmarks.baselines.installed`.
-        config: the classes and channels of its model are set.
-        device: where all run.
-
-    Returns:
-        What :func:`measure` can then measure.
+    Attributes:
+        name: in tables and figures.
+        speeds: for some of ``GROUPS``, a function that returns images per second; sent to the process by module path.
+        tuned: whether its process has the memory settings of the train command.
     """
-    L.seed_everything(config.seed, verbose=False)
-    if name == OURS:
-        quiet_lightning()
+
+    name: str
+    speeds: dict[str, Measurement]
+    tuned: bool = False
+
+
+def contestants(channels: int) -> list[Contestant]:
+    """List this project, the tutorial's script, and the installed libraries that take images of so many channels."""
+
+    def speeds(network: Network, training: Measurement) -> dict[str, Measurement]:
+        return {"training": training, "inference": partial(inference_speed, network)}
+
+    networks = {name: partial(library, name) for name in installed(channels)}
+    ours: dict[str, Measurement] = {**speeds(ViT, trainer_speed), "input pipeline": partial(input_speed, our_batches)}
+    return [
+        Contestant(OURS, ours, tuned=True),
+        Contestant(TUTORIAL, speeds(TutorialViT, partial(step_speed, TutorialViT, tutorial_batches))),
+        Contestant(PIL, {"input pipeline": partial(input_speed, partial(tutorial_batches, workers=1))}),
+        *(Contestant(name, speeds(net, partial(step_speed, net, ready_batches))) for name, net in networks.items()),
+    ]
+
+
+@contextmanager
+def process_of(
+    contestant: Contestant, config: BenchmarkRun, device: torch.device
+) -> Iterator[Callable[[Measurement, BenchmarkRun], Any]]:
+    """Start a contestant's process; the value is a function that measures there.
+
+    Raises:
+        InputError: if the process fails; it has then printed the error.
+    """
+    context = multiprocessing.get_context("spawn")
+    connection, other_end = context.Pipe()
+    process = context.Process(target=serve, args=(other_end, contestant, config, device))
+    process.start()
+    other_end.close()  # the process has its own copy: if it dies, recv raises EOFError
+
+    def measure(measurement: Measurement, config: BenchmarkRun) -> Any:
+        try:
+            connection.send((measurement, config))
+            return connection.recv()
+        except (EOFError, OSError) as error:
+            raise InputError(f"{contestant.name} cannot be measured (see above)") from error
+
+    try:
+        yield measure
+    finally:
+        process.terminate()
+        process.join()
+
+
+def serve(connection: Connection, contestant: Contestant, config: BenchmarkRun, device: torch.device) -> None:
+    """Carry out the measurements that are requested over a connection, on data that is set up once."""
+    quiet_lightning()
+    # The tutorial has four loader workers, on any number of cores.
+    warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
+    if contestant.tuned:
         tune_malloc()
+    L.seed_everything(config.seed, verbose=False)
     data = ImageData(config.data, config.model.image_size, config.seed)
     data.setup()
-    if name == OURS:
-        MEASURES["training"] = lambda: trainer_speed(config, data)
-        MEASURES["input pipeline"] = speed(lambda *_: None, our_batches(config, data, device), longer(config.benchmark))
-        MEASURES["inference"] = inference(ViT(config.model), config, data, device)
-        MEASURES["matrix products"] = lambda: matmul_rate(device)
-        for axis, runs in sizes(config).items():
-            for value, run in runs.items():
-                MEASURES[f"{axis}={value}"] = step_seconds(run, data, device)
-    elif name == TUTORIAL:
-        # The tutorial has four loader workers, on any number of cores.
-        warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
-        step = plain_step(TutorialViT(config.model).to(device))
-        MEASURES["training"] = lambda: loader_speed(step, config, data, device)
-        MEASURES["inference"] = inference(TutorialViT(config.model), config, data, device)
-    elif name == PIL:
-        more = replace(config, benchmark=longer(config.benchmark))
-        MEASURES["input pipeline"] = lambda: loader_speed(lambda *_: None, more, data, device, workers=1)
-    else:  # batches are transformed already, and the loop is a plain one, without Lightning and metrics
-        step = plain_step(library(name, config.model).to(device))
-        MEASURES["training"] = speed(step, ready_batches(config, data, device), config.benchmark)
-        MEASURES["inference"] = inference(library(name, config.model), config, data, device)
-    return list(MEASURES)
-
-
-def measure(what: str) -> float:
-    """Images a second; of a size (``layers=8``) the seconds of a step, of matrix products the operations a second."""
-    return MEASURES[what]()
+    while True:
+        measurement, config = connection.recv()
+        connection.send(measurement(config, data, device))
 
 
 def sizes(config: BenchmarkRun) -> dict[str, dict[int, BenchmarkRun]]:
     """Runs in which one size grows: ``tokens``, ``embed_dim`` (``mlp_dim`` with it), ``layers`` or ``batch``."""
-    model, batch = config.model, config.data.batch_size
-    sides = [model.image_size // model.patch_size * n // 3 for n in (1, 2, 3, 4)]  # patches along an image's side
-    layers = [model.layers * n // 2 for n in (1, 2, 3, 4)]
+    model, batch, factors = config.model, config.data.batch_size, (1, 2, 3, 4)
+    sides = [model.image_size // model.patch_size * n // 3 for n in factors]  # patches along an image's side
+    widths = [(model.embed_dim * n, model.mlp_dim * n) for n in factors]
+    layers = [model.layers * n // 2 for n in factors]
     networks = {
         "tokens": {n * n + 1: replace(model, image_size=n * model.patch_size) for n in sides if n},
-        "embed_dim": {
-            model.embed_dim * n: replace(model, embed_dim=model.embed_dim * n, mlp_dim=model.mlp_dim * n)
-            for n in (1, 2, 3, 4)
-        },
+        "embed_dim": {width: replace(model, embed_dim=width, mlp_dim=hidden) for width, hidden in widths},
         "layers": {n: replace(model, layers=n) for n in layers if n},
     }
-    runs = {
-        axis: {value: replace(config, model=network) for value, network in grown.items()}
-        for axis, grown in networks.items()
-    }
     batches = [batch * n // 4 for n in (1, 2, 4, 8) if batch * n >= 4]
-    return {**runs, "batch": {n: replace(config, data=replace(config.data, batch_size=n)) for n in batches}}
+    return {
+        **{axis: {n: replace(config, model=net) for n, net in grown.items()} for axis, grown in networks.items()},
+        "batch": {n: replace(config, data=replace(config.data, batch_size=n)) for n in batches},
+    }
 
 
-def trainer_speed(config: BenchmarkRun, data: ImageData) -> float:
-    """Images a second of ``Trainer.fit``, as in the train command: metrics, logger, schedule and all."""
-    timing = config.benchmark
+def trainer_speed(config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
+    """Images per second of ``Trainer.fit``, as in the train command: with metrics, logger and schedule."""
+    sections = asdict(config)
+    mean, std = data.mean.tolist(), data.std.tolist()
     classifier = ViTClassifier(
-        asdict(config.model),
-        asdict(config.optim),
-        data.class_names,
-        data.mean.tolist(),
-        data.std.tolist(),
-        augment=asdict(config.augment),
-        seed=config.seed,
+        sections["model"], sections["optim"], data.class_names, mean, std, augment=sections["augment"], seed=config.seed
     )
+    first, last = config.benchmark.warmup, config.benchmark.warmup + config.benchmark.steps
+    times: list[float] = []
 
-    class Clock(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-            if trainer.global_step == timing.warmup:
-                self.start = now()
-            elif trainer.global_step == timing.warmup + timing.steps:
-                self.seconds = now() - self.start
+    def read_clock(trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step in (first, last):
+            times.append(now())
 
-    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator=config.trainer.accelerator,
@@ -129,67 +157,62 @@ def trainer_speed(config: BenchmarkRun, data: ImageData) -> float:
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            max_steps=timing.warmup + timing.steps,
+            max_steps=last,
             limit_val_batches=0,
-            callbacks=[clock],
+            callbacks=[LambdaCallback(on_train_batch_end=read_clock)],
         )
         if config.compile:
-            compile_network(classifier.net, trainer.strategy.root_device)
+            compile_network(classifier.net, device)
         trainer.fit(classifier, data)
-    return timing.steps * config.data.batch_size / clock.seconds
+    return config.benchmark.steps * config.data.batch_size / (times[1] - times[0])
 
 
-def loader_speed(
-    step: Step, config: BenchmarkRun, data: ImageData, device: torch.device, **loader_options: int
+def step_speed(
+    network: Network, source: Source, config: BenchmarkRun, data: ImageData, device: torch.device, fused: bool = False
 ) -> float:
-    """Images a second of a step fed by the tutorial's loader, whose workers stop when it is measured."""
-    assert data.arrays is not None
-    dataset = TutorialImages(
-        data.arrays.images["train"],
-        data.arrays.labels["train"],
-        config.model.image_size,
-        data.mean.tolist(),
-        data.std.tolist(),
-    )
-    loader = tutorial_loader(dataset, config.data.batch_size, **loader_options)
-    batches = ((images.to(device), labels.to(device)) for _ in repeat(None) for images, labels in loader)
-    return speed(step, batches, config.benchmark)()
+    """Images per second of a plain training loop, without Lightning and metrics."""
+    return speed(plain_step(network(config.model).to(device), fused), source(config, data, device), config)
 
 
-def inference(net: nn.Module, config: BenchmarkRun, data: ImageData, device: torch.device) -> Measure:
-    """Images a second of the forward pass in evaluation, on transformed batches of ``data.eval_batch_size``."""
-    net = net.to(device).eval()
-    batches = ready_batches(
-        replace(config, data=replace(config.data, batch_size=config.data.eval_batch_size)), data, device
-    )
-    short = replace(config.benchmark, steps=max(1, config.benchmark.steps // 8), warmup=1)
-    return speed(torch.inference_mode()(lambda images, labels: net(images)), batches, short)
+def input_speed(source: Source, config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
+    """Images per second of an input pipeline alone, over more steps, as these are short."""
+    return speed(lambda *_: None, source(config, data, device), with_steps(config, 20))
 
 
-def step_seconds(config: BenchmarkRun, data: ImageData, device: torch.device) -> Measure:
-    """Seconds of a training step of this project's network, without Lightning and metrics."""
-    short = replace(config.benchmark, steps=max(2, config.benchmark.steps // 4), warmup=1)
-    step = plain_step(ViT(config.model).to(device), fused=True)
-    images_per_second = speed(step, ready_batches(config, data, device), short)
-    return lambda: config.data.batch_size / images_per_second()
+def inference_speed(network: Network, config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
+    """Images per second of the forward pass in evaluation, on transformed batches of ``data.eval_batch_size``."""
+    net = network(config.model).to(device).eval()
+    config = replace(with_steps(config, 1 / 8), data=replace(config.data, batch_size=config.data.eval_batch_size))
+    step = torch.inference_mode()(lambda images, labels: net(images))
+    return speed(step, ready_batches(config, data, device), config)
 
 
-def operator_shares(config: BenchmarkRun, device: torch.device) -> dict[str, float]:
-    """:func:`shares` of torch's operators in a training step, that of :func:`step_seconds` at the configured size."""
-    data = ImageData(config.data, config.model.image_size, config.seed)
-    data.setup()
+def step_seconds(config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
+    """Seconds per training step of this project's network, without Lightning and metrics."""
+    run = with_steps(config, 1 / 4)
+    return config.data.batch_size / step_speed(ViT, ready_batches, run, data, device, fused=True)
+
+
+def matmul_rate(config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
+    """Operations per second of square float32 matrix products: the practical limit of the machine."""
+    side = 2048
+    matrices = torch.randn(2, side, side, device=device)
+    rows = speed(torch.matmul, repeat((matrices[0], matrices[1])), with_steps(config, 1 / 4))  # per second
+    return rows * 2 * side**2
+
+
+def operator_shares(config: BenchmarkRun, data: ImageData, device: torch.device) -> dict[str, float]:
+    """:func:`shares` of torch's operators in the training step of :func:`step_seconds`."""
     step, batches = plain_step(ViT(config.model).to(device), fused=True), ready_batches(config, data, device)
-    for _ in range(config.benchmark.warmup):
-        step(*next(batches))
+    speed(step, batches, config)  # the first steps are not profiled
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
-        for _ in range(config.benchmark.steps):
-            step(*next(batches))
+        speed(step, batches, config)
     return shares(profiler.key_averages(), "device" if device.type == "cuda" else "cpu")
 
 
 def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
-    """Share of each operator in the time of all, the greatest first, and below 1 % together as ``rest``.
+    """Share of each operator in the total time, in decreasing order; those below 1% are summed as ``rest``.
 
     Args:
         events: the profiler's averages.
@@ -204,37 +227,24 @@ def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
     return {**large, "rest": 1 - sum(large.values())}
 
 
-def longer(timing: BenchmarkConfig) -> BenchmarkConfig:
-    """For steps without a network, so short that any pause of the machine would drown them."""
-    return replace(timing, steps=20 * timing.steps)
+def with_steps(config: BenchmarkRun, factor: float) -> BenchmarkRun:
+    """Multiply the number of timed steps; fewer steps need no more than one step of warm-up."""
+    timing = config.benchmark
+    steps, warmup = max(1, int(timing.steps * factor)), timing.warmup if factor > 1 else 1
+    return replace(config, benchmark=replace(timing, steps=steps, warmup=warmup))
 
 
-def speed(step: Step, batches: Batches, timing: BenchmarkConfig) -> Measure:
-    """Images a second of ``step(images, labels)``, after a warm-up."""
-
-    def measure() -> float:
-        for _ in range(timing.warmup):
-            step(*next(batches))
-        count = 0
-        start = now()
-        for _ in range(timing.steps):
-            images, labels = next(batches)
-            step(images, labels)
-            count += len(labels)
-        return count / (now() - start)
-
-    return measure
-
-
-def matmul_rate(device: torch.device) -> float:
-    """Operations a second of square float32 matrix products: what the machine could do at best."""
-    side, repeats = 2048, 5
-    a, b = torch.randn(2, side, side, device=device)
-    a @ b
+def speed(step: Step, batches: Batches, config: BenchmarkRun) -> float:
+    """Images per second of ``step(images, labels)``, after a warm-up."""
+    for _ in range(config.benchmark.warmup):
+        step(*next(batches))
+    count = 0
     start = now()
-    for _ in range(repeats):
-        a @ b
-    return repeats * 2 * side**3 / (now() - start)
+    for _ in range(config.benchmark.steps):
+        images, labels = next(batches)
+        step(images, labels)
+        count += len(labels)
+    return count / (now() - start)
 
 
 def plain_step(net: nn.Module, fused: bool = False) -> Step:
@@ -255,23 +265,30 @@ def plain_step(net: nn.Module, fused: bool = False) -> Step:
 
 def our_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -> Batches:
     """Training batches as the Trainer gets them, without end."""
-    loader = data.train_dataloader()
-    mean, std = data.mean.to(device), data.std.to(device)
+    loader, mean, std = data.train_dataloader(), data.mean.to(device), data.std.to(device)
     while True:
         for images, labels in loader:
             x = train_transform(images.to(device), config.model.image_size, mean, std, config.augment)
             yield x, labels.to(device)
 
 
+def tutorial_batches(config: BenchmarkRun, data: ImageData, device: torch.device, workers: int = 4) -> Batches:
+    """Batches of the tutorial's loader, without end; its workers stop when the iterator is deleted."""
+    assert data.arrays is not None
+    images, labels = data.arrays.images["train"], data.arrays.labels["train"]
+    dataset = TutorialImages(images, labels, config.model.image_size, data.mean.tolist(), data.std.tolist())
+    loader = DataLoader(dataset, config.data.batch_size, shuffle=True, drop_last=True, num_workers=workers)
+    return ((images.to(device), labels.to(device)) for _ in repeat(None) for images, labels in loader)
+
+
 def ready_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -> Batches:
     """Four batches of real images on the device, transformed, over and over."""
     assert data.arrays is not None
+    size, batch_size = config.model.image_size, config.data.batch_size
     images, labels = data.arrays.images["train"], data.arrays.labels["train"]
     batches = []
     for start in range(4):
-        pick = slice(start, None, max(4, len(images) // config.data.batch_size))
-        x = train_transform(
-            images[pick][: config.data.batch_size], config.model.image_size, data.mean, data.std, config.augment
-        )
-        batches.append((x.to(device), labels[pick][: config.data.batch_size].to(device)))
+        pick = slice(start, None, max(4, len(images) // batch_size))
+        x = train_transform(images[pick][:batch_size], size, data.mean, data.std, config.augment)
+        batches.append((x.to(device), labels[pick][:batch_size].to(device)))
     return cycle(batches)
