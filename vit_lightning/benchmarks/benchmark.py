@@ -142,7 +142,7 @@ def peak_memory(config: BenchmarkRun) -> int:
         process = subprocess.Popen([*TRAIN, *keys, *limits, f"hydra.run.dir='{folder}/run'"], stdout=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise InputError("the train command failed on this configuration, (see above)")
+        raise InputError("the train command failed on this configuration (see above)")
     return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)  # Linux counts in KiB
 
 
