@@ -13,6 +13,7 @@ from torchvision.transforms.v2 import functional as TF
 from vit_lightning.config import AugmentConfig
 from vit_lightning.recipe.augment import (
     centre_crop,
+    colour_jitter,
     denormalise,
     eval_transform,
     mix,
@@ -281,3 +282,40 @@ def test_the_seed_decides():
 def test_denormalise_undoes_it():
     images = photos(3, 32)
     torch.testing.assert_close(denormalise(eval_transform(images, 32, MEAN, STD), MEAN, STD), images / 255)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_colours_change_as_by_torchvision(channels):
+    images, factors = photos(20, 9)[:, :channels], 0.3 + 1.5 * torch.rand(3, 20)
+    for image, ours, (b, c, s) in zip(images, colour_jitter(images, factors), factors.T.tolist(), strict=True):
+        expected = TF.adjust_contrast(TF.adjust_brightness(image, b), c)
+        expected = TF.adjust_saturation(expected, s) if channels == 3 else expected
+        assert (ours.int() - expected.int()).abs().max() <= 3  # torchvision rounds after each step
+    assert torch.equal(colour_jitter(images, torch.ones(3, 20)), images)
+
+
+def test_jitter_draws_factors_for_each_image():
+    images = torch.full((500, 3, 4, 4), 100, dtype=torch.uint8)
+    out = train_transform(images, 4, *PLAIN, AugmentConfig(rotation=0.0, flip=0.0, jitter=0.5))[:, 0, 0, 0]
+    assert 0.19 < out.min() < 0.22
+    assert 0.57 < out.max() < 0.6
+    assert abs(out.mean() - 100 / 255) < 0.01
+    assert len(out.unique()) > 50
+
+
+def test_a_policy_changes_a_share_of_the_images():
+    config = AugmentConfig(rotation=0.0, flip=0.0, policy="rand", policy_prob=0.3, magnitude=20)
+    images = photos(300, 12)
+    changed = (train_transform(images, 12, *PLAIN, config) != images / 255).flatten(1).any(dim=1)
+    assert 0.15 < changed.float().mean() < 0.4
+
+
+def test_the_magnitude_is_rand_augments():
+    """The largest rotation of RandAugment is 30 degrees, at 30."""
+    images = photos(100, 24)
+    far = []
+    for magnitude in (1, 25):
+        torch.manual_seed(0)
+        config = AugmentConfig(rotation=0.0, flip=0.0, policy="rand", magnitude=magnitude)
+        far.append((train_transform(images, 24, *PLAIN, config) - images / 255).abs().mean())
+    assert far[1] > 1.5 * far[0]

@@ -55,10 +55,14 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     if config.policy != "none":
         policy = {
             "trivial": v2.TrivialAugmentWide,
-            "rand": v2.RandAugment,
+            "rand": functools.partial(v2.RandAugment, magnitude=config.magnitude),
             "auto": functools.partial(v2.AutoAugment, v2.AutoAugmentPolicy.CIFAR10),
         }[config.policy]()
-        images = torch.stack([policy(image) for image in images])  # one call for the batch would treat all images alike
+        # One call for the batch would treat all images alike.
+        chosen = torch.rand(len(images)) < config.policy_prob if config.policy_prob < 1 else torch.ones(len(images))
+        images = torch.stack([policy(image) if use else image for image, use in zip(images, chosen, strict=True)])
+    if config.jitter:
+        images = colour_jitter(images, 1 + config.jitter * (2 * torch.rand(3, len(images)) - 1))
     # Only divided here, so that black is still zero, which the area outside becomes; the mean is subtracted last.
     x = images / (255 * _per_channel(std))
     if side > size:  # sampling cannot average over the source pixels that a target pixel covers
@@ -132,6 +136,33 @@ def random_crop(images: Tensor, padding: int) -> Tensor:
     )  # (B, h) and (B, w)
     image = torch.arange(B, device=images.device).view(-1, 1, 1)
     return images.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+
+
+def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
+    """Change the brightness, contrast and saturation of every image by a factor of its own.
+
+    Args:
+        images: (B, C, h, w), uint8.
+        factors: (3, B): 0 gives a black, a flat gray and a gray image, 1 the original.
+
+    Returns:
+        (B, C, h, w), uint8, as torchvision's ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` in
+        this order; images of one channel have no saturation.
+    """
+    brightness, contrast, saturation = factors.to(images.device).view(3, -1, 1, 1, 1).unbind()
+    x = (images * brightness).clamp(0, 255)
+    x = torch.lerp(_gray(x).mean(dim=(1, 2, 3), keepdim=True), x, contrast).clamp(0, 255)
+    if images.shape[1] == 3:
+        x = torch.lerp(_gray(x), x, saturation).clamp(0, 255)
+    return x.round().to(torch.uint8)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """The luma (B, 1, h, w) of images."""
+    if images.shape[1] == 1:
+        return images
+    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device)
+    return (images * weights.view(3, 1, 1)).sum(dim=1, keepdim=True)
 
 
 def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:

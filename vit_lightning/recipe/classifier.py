@@ -145,7 +145,7 @@ class ViTClassifier(L.LightningModule):
         torch.manual_seed(derived_seed(self.hparams["seed"], number, use))
         config, optim = self.augment, self.optim
         if config.until < 1 and self.progress() >= config.until:
-            config = replace(config, policy="none", erase=0.0, mixup=0.0, cutmix=0.0)
+            config = replace(config, policy="none", jitter=0.0, erase=0.0, mixup=0.0, cutmix=0.0)
         with torch.autocast(images.device.type, enabled=False), float32():  # coordinates need it
             x = train_transform(images, self.net.image_size, *self.statistics(), config)
             for name in config.batch:

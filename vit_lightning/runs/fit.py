@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
-from lightning.pytorch.utilities.model_summary import ModelSummary
 from matplotlib.figure import Figure
 
 from vit_lightning.analysis.figures import draw_patches
@@ -29,18 +28,19 @@ from vit_lightning.devices import (
 )
 from vit_lightning.files import save_figure, write_atomic
 from vit_lightning.keys import InputError, Invocation, from_python
-from vit_lightning.provenance import hardware, provenance
+from vit_lightning.provenance import provenance
 from vit_lightning.recipe.augment import denormalise, eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import ema_update
 from vit_lightning.recipe.weights import load_classifier, start_from
-from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage, metrics_of
+from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
 from vit_lightning.runs.processes import check_splits, placement, share_run_dir
 from vit_lightning.runs.progress import EpochBar
+from vit_lightning.runs.report import describe_step, show_results, show_start, summarise
 from vit_lightning.runs.run import Run, check_same_data, lock_run
-from vit_lightning.terminal import is_first, print_table, relative
+from vit_lightning.terminal import is_first, relative
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -245,46 +245,6 @@ def build_trainer(
     )
 
 
-def summarise(
-    config: Config, recorder: EpochRecorder, trainer: L.Trainer, classifier: ViTClassifier, test: Mapping[str, float]
-) -> dict[str, Any]:
-    """The content of ``summary.json``.
-
-    The metrics are those of the best checkpoint; its training metrics were measured during its epoch, with dropout and
-    augmentation.
-    """
-    best = recorder.best
-    return {
-        **recorder.starts[0],
-        "resumed": recorder.starts[1:],
-        "device": str(trainer.strategy.root_device),
-        "processes": trainer.world_size,
-        "step": describe_step(config, trainer.world_size),
-        "seed": config.seed,
-        "parameters": sum(p.numel() for p in classifier.net.parameters()),
-        "images": recorder.images,
-        "epochs": len(recorder.rows),
-        "best_epoch": best["epoch"],
-        "samples_seen": recorder.samples_seen,
-        "seconds": recorder.rows[-1]["seconds"],
-        "seconds_to_val_acc": seconds_to_marks(recorder.rows),
-        "train/images_per_second": recorder.images_per_second,
-        "metrics": {**metrics_of(best), **test},
-        "config": asdict(config),
-    }
-
-
-def describe_step(config: Config, processes: int) -> str:
-    """Describe how the images of a step are shared among processes."""
-    batch = config.data.batch_size
-    if processes == 1:
-        return f"one process, {batch} images per step"
-    return (
-        f"{processes} processes, {batch // processes} of the {batch} images per step in each; gradients are averaged, "
-        "so learning rates do not depend on the number of processes"
-    )
-
-
 def check_limits(trainer: TrainerConfig, data: ImageData) -> None:
     """Check that a share of the batches is at least one batch.
 
@@ -306,65 +266,3 @@ def patches_of(data: ImageData, patch_size: int) -> Figure:
     images, labels = data.stored("val", torch.tensor([0]))
     image = denormalise(eval_transform(images, data.image_size, data.mean, data.std), data.mean, data.std)
     return draw_patches(image[0].permute(1, 2, 0).numpy(), patch_size, data.class_names[labels[0]])
-
-
-def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Seconds of training, including validation, until ``val/acc`` first reached 5%, 10% and so on."""
-    best = max(row.get("val/acc", 0.0) for row in rows)
-    marks = [mark for mark in range(5, 101, 5) if mark <= 100 * best]
-    return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
-
-
-def show_start(config: Config, data: ImageData, classifier: ViTClassifier, trainer: L.Trainer) -> str:
-    """Print the data, the device and the layers of the network.
-
-    Returns:
-        The network's layers in detail.
-    """
-    counts = ", ".join(
-        f"{len(data.indices[split]):,} {name}"
-        for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
-    )
-    machine, device = hardware(), trainer.strategy.root_device
-    name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
-    print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes\ndevice: {name}")
-    if trainer.world_size > 1:
-        print(describe_step(config, trainer.world_size))
-
-    model = ModelSummary(classifier, max_depth=3)
-    sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
-    rows: list[tuple[str, ...]] = []  # single parameters first, then layers
-    for name, parameter in classifier.net.named_parameters(recurse=False):
-        rows.append((name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}"))
-    for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
-        if name.count(".") == 1 and name.startswith("net."):
-            size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list has no output
-            rows.append((name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}"))
-    rows += [(), ("total", "", f"{model.total_parameters:,}")]
-    title = f"ViT, {model.total_flops / 1e6:,.1f} MFLOP per image"
-    print_table(title, ("layer", "output for one image", "parameters"), rows, left=2)
-    return str(model)
-
-
-def show_results(summary: dict[str, Any], run: Run) -> None:
-    """Print the final metrics, the paths of the run's files, and how to open its dashboard."""
-    rows = []
-    names = [name.removeprefix("val/") for name in summary["metrics"] if name.startswith("val/")]
-    more = [name for name in names if name not in ("loss", "acc", "acc5")]
-    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
-        if f"{split}/acc" not in summary["metrics"]:
-            continue  # test=false
-        loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
-        others = (f"{summary['metrics'][f'{split}/{key}']:.3f}" for key in more)
-        rows.append((name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}", *others))
-    title = f"best of {summary['epochs']} epochs: epoch {summary['best_epoch']}"
-    print_table(title, ("", "images", "loss", "top-1", "top-5", *more), rows)
-    print(
-        f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
-        f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
-    )
-    files = run.files
-    paths = {"checkpoint": files.best, "curves": files.curves, "patches": files.patches, "record": files.summary}
-    for name, path in paths.items():
-        print(f"{name:<12}{relative(path)}")
-    print(f"{'dashboard':<12}tensorboard --logdir {relative(run.folder.parent)}")

@@ -137,7 +137,11 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
         raise InputError(
             f"resume={config.resume} was trained with callbacks=[{names}]; set them, with the same settings"
         )
-    for key, amount in (("trainer.max_epochs", int), ("trainer.max_steps", steps), ("trainer.max_time", seconds)):
+    for key, amount in (
+        ("trainer.max_epochs", int),
+        ("trainer.max_steps", lambda limit: limit or math.inf),
+        ("trainer.max_time", seconds),
+    ):
         if key in typed and amount(ours[key]) < amount(theirs[key]):
             raise InputError(f"{key}={ours[key]} is less than the run's {theirs[key]}; increase or remove it")
     if files.summary.exists():
@@ -167,11 +171,6 @@ def settings_of(config: Config) -> dict[str, Any]:
     """All keys as they are typed, except the loggers, which may always change."""
     groups = {name: value for name, value in asdict(config).items() if name not in ("callbacks", "logger")}
     return {**flatten(groups), "callbacks": config.callbacks}
-
-
-def steps(limit: int | None) -> float:
-    """``trainer.max_steps``; infinite if there is no limit."""
-    return math.inf if limit is None else limit
 
 
 def seconds(time: str | None) -> float:
