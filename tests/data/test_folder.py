@@ -1,6 +1,7 @@
 """Pictures of one's own: layouts of folders, and what cannot be used."""
 
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -202,3 +203,32 @@ def test_a_folder_of_train_and_val_trains_and_predictions_name_the_files(tmp_pat
     assert result.returncode == 0, result.stderr
     rows = (tmp_path / "test" / "predictions.csv").read_text().splitlines()[1:]
     assert [row.split(",")[:2] for row in rows] == [[f"test/b/{index:02}.png", "b"] for index in range(3)]
+
+
+def test_a_resumed_run_refuses_changed_images_and_accepts_moved_ones(tmp_path):
+    """A change by one image of each kind: every label swapped, a test image replaced, the order, and no test images."""
+    root = tree(tmp_path / "photos", train="a b", test="a b")
+    model = ["model.image_size=8", "model.patch_size=4", "model.layers=1", "model.mlp_head_units=[]"]
+    arguments = ["data=image_folder", "data.root=photos", "data.batch_size=4", "trainer.max_epochs=1", *model]
+    assert command("train", *arguments, "dashboard=curves", "hydra.run.dir=run", cwd=tmp_path).returncode == 0
+
+    def changed(name: str) -> Path:
+        return shutil.copytree(root, tmp_path / name)
+
+    swapped = changed("swapped")
+    (swapped / "train" / "a").rename(swapped / "c")
+    (swapped / "train" / "b").rename(swapped / "train" / "a")
+    (swapped / "c").rename(swapped / "train" / "b")
+    picture(changed("replaced") / "test" / "a" / "00.png", 77)
+    (changed("reordered") / "train" / "a" / "00.png").rename(tmp_path / "reordered" / "train" / "a" / "zz.png")
+    shutil.rmtree(changed("cut") / "test")
+    resume = ["train", "resume=run", "trainer.max_epochs=2"]
+    for name, split in (("swapped", "train"), ("replaced", "test"), ("reordered", "train"), ("cut", "test")):
+        result = command(*resume, f"data.root={name}", cwd=tmp_path)
+        assert result.returncode == 1, name
+        assert result.stderr.splitlines()[-1] == (
+            f"error: the data set changed since this run started ({split} images); restore it or start a new run"
+        )
+    root.rename(tmp_path / "moved")
+    result = command(*resume, "data.root=moved", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr

@@ -290,7 +290,7 @@ def check_same_data(run: Run, data: ImageData) -> None:
     before: dict[str, str] | None = run.content.get("callbacks", {}).get("Saver", {}).get("digest")
     changed = ["class names"] if theirs["class_names"] != data.class_names else []
     if before:
-        changed += [f"{split} images" for split in now if now[split] != before.get(split)]
+        changed += [f"{split} images" for split in before | now if now.get(split) != before.get(split)]
     else:
         for name, values in (("mean", data.mean.tolist()), ("std", data.std.tolist())):
             pairs = zip(theirs[name], values, strict=False)  # the last bit may differ between machines
