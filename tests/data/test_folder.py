@@ -89,6 +89,7 @@ def test_a_csv_file_lists_pictures(tmp_path):
         ("path,label,split\na.png,x,fold1", "labels.csv, line 2, needs a path, a label and a split"),
         ("path,label\na.png,", "line 2, needs a path, a label"),
         ("", "it lacks path"),
+        ("path,label\n", r"labels\.csv lists no picture"),
         (None, "labels.csv does not exist; data.root needs train/"),
     ],
 )
@@ -99,15 +100,31 @@ def test_a_mistaken_csv_file_is_refused(tmp_path, content, message):
         opened(tmp_path / "labels.csv")
 
 
+def test_a_changed_label_in_a_csv_file_is_read_again(tmp_path):
+    """The files of all classes in order are the same before and after."""
+    for index in range(12):
+        picture(tmp_path / f"{index:02}.png", index)
+
+    def labels(first_of_b: int, name_of_b: str) -> tuple[list[int], list[str]]:
+        rows = [f"{index:02}.png,{'a' if index < first_of_b else name_of_b}" for index in range(12)]
+        (tmp_path / "labels.csv").write_text("\n".join(["path,label", *rows]))
+        data = opened(tmp_path / "labels.csv", val_fraction=0.2)
+        return data.arrays.labels["train"].tolist(), data.class_names
+
+    assert labels(6, "b") == ([0] * 6 + [1] * 6, ["a", "b"])
+    assert labels(7, "b") == ([0] * 7 + [1] * 5, ["a", "b"])
+    assert labels(7, "c") == ([0] * 7 + [1] * 5, ["a", "c"])
+
+
 def test_pictures_in_sub_folders_and_of_any_format_are_read_and_others_reported(tmp_path, capsys):
     root = tree(tmp_path / "photos", _="a b")
     for suffix in ("bmp", "tif", "gif", "jfif", "ppm"):
         picture(root / "a" / "deep" / "er" / f"x.{suffix}")
     for name in ("a/notes.txt", "a/deep/data.json", "readme.txt"):
         (root / name).write_text("-")
-    for hidden in ("a/._x.png", "a/.cache/y.png", ".git/z.png"):
+    for hidden in ("a/._x.png", "a/.cache/y.png", ".git/z.png", "__MACOSX/a/k.png"):
         picture(root / "a" / "k.png")
-        (root / hidden).parent.mkdir(exist_ok=True)
+        (root / hidden).parent.mkdir(exist_ok=True, parents=True)
         (root / hidden).write_bytes(b"no picture")
     data = opened(root)
     assert sum(counts(data)) == 26
@@ -116,7 +133,15 @@ def test_pictures_in_sub_folders_and_of_any_format_are_read_and_others_reported(
     assert {".bmp", ".tif", ".webp", ".jfif", ".avif", ".pgm"} <= SUFFIXES
 
 
-def test_all_pictures_that_cannot_be_read_are_named_or_left_out(tmp_path):
+def test_a_link_to_a_folder_that_contains_it_is_not_followed_again(tmp_path):
+    root = tree(tmp_path / "photos", _="a b")
+    (root / "a" / "loop").symlink_to(".")
+    (root / "b" / "top").symlink_to("../b")
+    (root / "c").symlink_to("a")
+    assert sum(counts(opened(root))) == 30
+
+
+def test_all_pictures_that_cannot_be_read_are_named_or_left_out(tmp_path, capsys):
     root = tree(tmp_path / "photos", train="a b", test="a b")
     for index in range(12):
         (root / "train" / "a" / f"bad{index:02}.png").write_bytes(b"-" * index)
@@ -128,11 +153,25 @@ def test_all_pictures_that_cannot_be_read_are_named_or_left_out(tmp_path):
     assert message.endswith("; and 3 more; fix or remove them, or set data.skip_unreadable=true")
     data = opened(root, skip_unreadable=True)
     assert counts(data) == (18, 2, 20)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert line.startswith(f"warning: 13 images are left out: {root}/train/a/bad00.png cannot be read")
     assert not [name for split in ("train", "val", "test") for name in data.files(split) if "bad" in name]
+    assert counts(opened(root, skip_unreadable=True)) == (18, 2, 20)
+    with pytest.raises(InputError, match="; and 3 more"):  # although they are left out of the cache
+        opened(root)
     (root / "test" / "b" / "pipe.png").unlink()
     for path in (root / "train" / "a").glob("bad*"):
         path.unlink()
     assert opened(root).arrays.digest == data.arrays.digest
+
+
+def test_a_class_without_a_readable_picture_is_named(tmp_path):
+    root = tree(tmp_path / "photos", train="a b", test="a b")
+    for part, name in (("test", "a"), ("train", "b")):
+        for path in (root / part / name).glob("*"):
+            path.write_bytes(b"-")
+    with pytest.raises(InputError, match="no image of b can be read; replace them or remove the class"):
+        opened(root, skip_unreadable=True)
 
 
 def test_a_named_pipe_alone_is_named(tmp_path):
@@ -152,8 +191,13 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_a_class_of_one_image_is_named(tmp_path):
     root = tree(tmp_path / "photos", train="a b", test="a b")
     picture(root / "train" / "rare" / "x.png")
-    with pytest.raises(InputError, match="cannot be held out class by class: rare has 1 image; add some"):
+    with pytest.raises(InputError, match=r"class by class: each class needs 2 images or more, unlike rare \(1\)"):
         opened(root)
+
+
+def test_too_few_images_for_the_classes_are_refused(tmp_path):
+    with pytest.raises(InputError, match="8 images are too few for 2 classes; choose a share nearer"):
+        opened(tree(tmp_path / "photos", count=4, train="a b", test="a b"))
 
 
 def test_the_digest_tells_labels_order_and_pixels_apart(tmp_path):
@@ -170,6 +214,7 @@ def test_the_digest_tells_labels_order_and_pixels_apart(tmp_path):
     assert opened(tmp_path / "moved").arrays.digest["train"] != first["train"]
 
 
+@pytest.mark.slow
 def test_a_folder_of_train_and_val_trains_and_predictions_name_the_files(tmp_path):
     root = tree(tmp_path / "photos", train="a b", val="a b")
     small = [

@@ -1,7 +1,9 @@
 """Data sets by name: arrays, torchvision's and Hugging Face's, on small local copies; and sources of one's own."""
 
 import csv
+import urllib.request
 from pathlib import Path
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from torchvision import datasets
 
 from vit_lightning import register
 from vit_lightning.config import DataConfig
+from vit_lightning.data import cache
 from vit_lightning.data.cache import ImageSet
 from vit_lightning.data.module import ImageData
+from vit_lightning.data.sources import TORCHVISION
 from vit_lightning.keys import InputError, key
 
 
@@ -43,20 +47,47 @@ def test_arrays_of_an_npz_file(tmp_path, shape):
     assert (label.item(), data.class_names) == (1, ["0", "1"])
 
 
+def test_arrays_of_one_part_are_split(tmp_path):
+    np.savez(tmp_path / "set.npz", images=pixels(40, 8, 8), labels=np.arange(40) % 2, class_names=["cat", "dog"])
+    data = opened(tmp_path, source="npz", root=str(tmp_path / "set.npz"))
+    assert [len(data.indices[split]) for split in ("train", "val", "test")] == [32, 4, 4]
+    assert data.class_names == ["cat", "dog"]
+
+
+def test_one_array_is_no_npz_file(tmp_path):
+    with (tmp_path / "set.npz").open("wb") as file:
+        np.save(file, pixels(3, 8, 8))
+    with pytest.raises(InputError, match=r"cannot be read as an \.npz file"):
+        opened(tmp_path, source="npz", root=str(tmp_path / "set.npz"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (dict(images=pixels(3, 8, 8)), "needs the arrays train_images, train_labels"),
-        (dict(train_images=pixels(3, 8, 8)), "needs the arrays train_images, train_labels"),
+        (dict(images=pixels(3, 8, 8)), "images and labels; it lacks labels"),
+        (dict(train_images=pixels(3, 8, 8)), "needs the arrays train_images, .*; it lacks train_labels"),
+        (dict(other=pixels(3, 8, 8)), "needs the arrays train_images, .*; it lacks images"),
+        (dict(train_images=pixels(3, 8, 8), train_labels=np.array(["0", "1", "0"])), "train_labels must be one whole"),
+        (dict(train_images=pixels(3, 8, 8), train_labels=np.array([0.5, 1, 0])), "must be one .*, not float64"),
+        (dict(train_images=pixels(3, 8, 8), train_labels=np.eye(3, 2, dtype=int)), r"of shape \(3, 2\)"),
+        (dict(train_images=pixels(0, 8, 8), train_labels=np.arange(0)), r"of shape \(0,\)"),
+        (
+            dict(
+                train_images=pixels(2, 8, 8), train_labels=np.arange(2), val_images=pixels(2, 9, 9), val_labels=[0, 1]
+            ),
+            "images of all parts must have one shape",
+        ),
         (dict(train_images=np.zeros((3, 8, 8)), train_labels=np.arange(3)), "must be uint8 of 3 or 4 dimensions"),
         (dict(train_images=pixels(3, 8, 8), train_labels=np.arange(2)), "3 train images have 2 labels"),
         (dict(train_images=pixels(3, 8, 8), train_labels=np.arange(3) - 1), "labels must be from 0 to 1"),
-        (None, "cannot be read as an .npz file"),
+        (b"no archive", "cannot be read as an .npz file"),
+        (b"PK\x03\x04 cut short", "cannot be read as an .npz file"),
+        (b"", "cannot be read as an .npz file"),
     ],
 )
 def test_a_mistaken_npz_file_is_refused(tmp_path, content, message):
-    if content is None:
-        (tmp_path / "set.npz").write_bytes(b"no archive")
+    if isinstance(content, bytes):
+        (tmp_path / "set.npz").write_bytes(content)
     else:
         np.savez(tmp_path / "set.npz", **content)
     with pytest.raises(InputError, match=message):
@@ -86,7 +117,56 @@ def test_a_data_set_of_torchvision(tmp_path, monkeypatch):
     assert data.arrays.labels["test"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("name", [None, "Nothing", "VisionDataset", "ImageFolder"])
+def write_pets(root: Path) -> None:
+    """Oxford-IIIT Pet, whose training images are called trainval."""
+    for folder in ("images", "annotations"):
+        (root / "oxford-iiit-pet" / folder).mkdir(parents=True)
+    for split, count in (("trainval", 20), ("test", 3)):
+        rows = []
+        for number in range(count):
+            name = f"{['cat', 'great_dog'][number % 2]}_{split}{number}"
+            Image.fromarray(pixels(9, 12, 3)).save(root / "oxford-iiit-pet" / "images" / f"{name}.jpg")
+            rows.append(f"{name} {number % 2 + 1} 1 1")
+        (root / "oxford-iiit-pet" / "annotations" / f"{split}.txt").write_text("\n".join(rows))
+
+
+def test_parts_are_found_whatever_torchvision_calls_them(tmp_path, monkeypatch):
+    write_pets(tmp_path)
+    monkeypatch.setattr(datasets.OxfordIIITPet, "_download", lambda self: None)
+    data = opened(tmp_path, source="torchvision", name="OxfordIIITPet", root=str(tmp_path))
+    assert [len(data.indices[split]) for split in ("train", "val", "test")] == [18, 2, 3]
+    assert data.class_names == ["Cat", "Great Dog"]
+    assert data.arrays.labels["test"].tolist() == [0, 1, 0]
+
+
+def test_an_image_of_torchvision_that_cannot_be_read_is_named_or_left_out(tmp_path, monkeypatch):
+    write_pets(tmp_path)
+    monkeypatch.setattr(datasets.OxfordIIITPet, "_download", lambda self: None)
+    (tmp_path / "oxford-iiit-pet" / "images" / "great_dog_test1.jpg").write_bytes(b"-")
+    options = dict(source="torchvision", name="OxfordIIITPet", root=str(tmp_path))
+    with pytest.raises(InputError, match=r"^data.name=OxfordIIITPet: test image 1 cannot be read \(not an image\)"):
+        opened(tmp_path, **options)
+    assert opened(tmp_path, **options, skip_unreadable=True).arrays.labels["test"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", sorted(TORCHVISION))
+def test_each_data_set_of_torchvision_takes_its_arguments(tmp_path, monkeypatch, name):
+    """Each begins its downloads, or says where to get it, once its arguments are checked."""
+
+    def refuse(*_, **__):
+        raise URLError("no network")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    for part in TORCHVISION[name]:
+        monkeypatch.setitem(TORCHVISION, name, {part: TORCHVISION[name][part]})
+        with pytest.raises(InputError, match=f"data.name={name} cannot be read or downloaded") as error:
+            opened(tmp_path, source="torchvision", name=name, root=str(tmp_path / "root"))
+        assert "Unknown value" not in str(error.value)
+        monkeypatch.undo()
+        monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+@pytest.mark.parametrize("name", [None, "Nothing", "VisionDataset", "ImageFolder", "VOCDetection"])
 def test_a_name_that_is_no_data_set_of_torchvision(tmp_path, name):
     with pytest.raises(InputError, match=f"data.name={name} is not a classification data set of torchvision"):
         opened(tmp_path, source="torchvision", name=name)
@@ -104,6 +184,31 @@ def test_a_directory_that_hugging_face_reads(tmp_path, monkeypatch):
     data = opened(tmp_path, source="huggingface", name=str(tmp_path / "photos"))
     assert [len(data.indices[split]) for split in ("train", "val", "test")] == [10, 2, 4]
     assert data.class_names == ["cat", "dog"]
+
+
+def test_test_labels_that_are_secret_leave_the_test_images_out(tmp_path, monkeypatch):
+    hub = pytest.importorskip("datasets")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    kinds = hub.Features(photo=hub.Image(), kind=hub.ClassLabel(names=["cat", "dog"]))
+    for part, labels in (("train", [0, 1] * 20), ("test", [-1, -1])):
+        photos = [Image.new("L", (8, 8), number) for number in range(len(labels))]
+        (tmp_path / "rows").mkdir(exist_ok=True)
+        hub.Dataset.from_dict(dict(photo=photos, kind=labels), kinds).to_parquet(tmp_path / "rows" / f"{part}.parquet")
+    data = opened(tmp_path, source="huggingface", name=str(tmp_path / "rows"))
+    assert [len(data.indices[split]) for split in ("train", "val", "test")] == [32, 4, 4]
+
+
+def test_a_source_whose_images_do_not_fit_its_shape_or_labels_is_refused(tmp_path):
+    def write(**changes) -> None:
+        content = dict(class_names=["a", "b"], labels={"train": np.array([0, 1])}, shape=(3, 8, 8))
+        cache.write_cache(tmp_path / "cache", "", ImageSet(**{**content, **changes}))
+
+    with pytest.raises(InputError, match=r"a train image is uint8 of shape \(8, 8\), not uint8 of \(3, 8, 8\)"):
+        write(images={"train": iter([pixels(3, 8, 8), pixels(8, 8)])})
+    with pytest.raises(InputError, match="1 train images have 2 labels"):
+        write(images={"train": iter([pixels(3, 8, 8)])})
+    with pytest.raises(InputError, match="the train labels must be from 0 to 0"):
+        write(images={"train": iter([pixels(3, 8, 8)] * 2)}, class_names=["a"])
 
 
 @pytest.mark.usefixtures("registries")

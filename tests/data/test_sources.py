@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_a_cache_of_other_content_is_rebuilt(folder, folder_config):
     assert len(caches(folder_config)) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "", "{}", "[]", '{"fingerprint":'])
+@pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "binary", "", "{}", "[]", '{"fingerprint":'])
 def test_a_damaged_cache_is_rebuilt(folder_config, damage):
     expected = load_arrays(folder_config, 8).images["train"].clone()
     [cache] = caches(folder_config)
@@ -113,6 +114,8 @@ def test_a_damaged_cache_is_rebuilt(folder_config, damage):
         file.write_bytes(file.read_bytes()[:200])
     elif damage == "empty":
         (cache / "train_labels.npy").write_bytes(b"")
+    elif damage == "binary":
+        (cache / "meta.json").write_bytes(b"\x80\xff\x00")
     elif damage == "no meta":
         (cache / "meta.json").unlink()
     else:
@@ -239,6 +242,22 @@ def test_an_unreadable_picture_is_named(tmp_path, content, reason):
         decode_image(tmp_path / "broken.png", 8)
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "webp", "avif", "ico", "dds"])
+@pytest.mark.filterwarnings("ignore")  # Pillow warns of some of these files
+def test_a_damaged_picture_is_read_or_named(tmp_path, suffix):
+    path = tmp_path / f"x.{suffix}"
+    random = np.random.default_rng(0)
+    Image.fromarray(random.integers(0, 256, (24, 24, 3), dtype=np.uint8)).save(path)
+    content = path.read_bytes()
+    for number in range(100):
+        damaged = bytearray(content[: random.integers(1, len(content))] if number % 3 == 0 else content)
+        for place in random.integers(0, min(len(damaged), 400), 4):
+            damaged[place] = random.integers(0, 256)
+        path.write_bytes(damaged)
+        with suppress(InputError):
+            assert decode_image(path, 8).shape == (3, 8, 8)
+
+
 @pytest.mark.parametrize("stored_size", [None, 8])
 def test_a_link_to_nowhere_is_named(folder, folder_config, stored_size):
     (folder / "train" / "ant" / "000.png").unlink()
@@ -260,6 +279,9 @@ def mistaken_folder(root: Path, mistake: str) -> None:
     elif mistake == "empty class":
         (root / "train" / "cat").mkdir()
         (root / "train" / "cat" / "notes.txt").write_text("none yet")
+    elif mistake == "broken part":
+        (root / "train").rename(root / "old")
+        (root / "train").symlink_to("nowhere")
     elif mistake == "broken class":
         (root / "train" / "cat").symlink_to("nowhere")
     elif mistake == "two":
@@ -280,6 +302,7 @@ def mistaken_folder(root: Path, mistake: str) -> None:
         ("empty class", "train/cat has no picture; add some or remove it"),
         ("no classes", "train has no class folder; data.root needs train/<class>"),
         ("broken class", "train/cat is a link to nowhere; restore its target or remove it"),
+        ("broken part", "images/train is a link to nowhere; restore its target or remove it"),
         ("two", "has two folders of val images; rename one"),
     ],
 )

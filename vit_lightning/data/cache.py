@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,10 +16,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from vit_lightning.config import DataConfig
+from vit_lightning.data.images import LISTED, describe_unreadable
 from vit_lightning.keys import InputError
+from vit_lightning.terminal import is_first
 
 PARTS = ("train", "val", "test")  # that a source may have
-LISTED = 10  # files that an error names
 
 
 @dataclass(slots=True)
@@ -91,17 +93,20 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
     options = f" {config.name} {config.options}" if config.name or config.options else ""
     key = hashlib.sha256(os.fsencode(f"{root} {config.stored_size}{options}")).hexdigest()[:12]
     cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
-    arrays = read_cache(cache, source.identify(), image_size)  # without the lock, which needs a writable directory
+    skip = config.skip_unreadable
+    arrays = read_cache(
+        cache, source.identify(), image_size, skip
+    )  # without the lock, which needs a writable directory
     if arrays is not None:
         return arrays
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(cache.with_name(f".{cache.name}.lock")):  # of two first starts at once, one downloads and decodes
-            arrays = read_cache(cache, source.identify(), image_size)
+            arrays = read_cache(cache, source.identify(), image_size, skip)
             if arrays is None:
                 decoded = source.decode()
                 # Identified again, because a download changes the files.
-                write_cache(cache, source.identify(), decoded, config.skip_unreadable)
+                write_cache(cache, source.identify(), decoded, skip)
                 arrays = open_cache(cache)
     except OSError as error:
         reason = f"cannot be written ({error.strerror or error}); free disk space or choose another directory"
@@ -113,13 +118,12 @@ def in_memory(content: ImageSet) -> ImageArrays:
     """A data set that is read anew each time."""
     images = {part: channels_first(np.asarray(array)) for part, array in content.images.items()}
     labels = {part: np.asarray(content.labels[part]).astype(np.int64) for part in images}
-    for part in images:
-        if len(images[part]) != len(labels[part]):
-            raise InputError(f"data: {len(images[part])} {part} images have {len(labels[part])} labels")
-        if len(labels[part]) and not 0 <= labels[part].min() <= labels[part].max() < len(content.class_names):
-            raise InputError(f"data: the {part} labels must be from 0 to {len(content.class_names) - 1}")
+    shapes = {array.shape[1:] for array in images.values()}
+    if len(shapes) > 1:
+        raise InputError(f"data: images of all parts must have one shape, not {' and '.join(map(str, shapes))}")
     digest = {}
     for part, array in images.items():
+        check_labels(part, labels[part], len(array), content.class_names)
         sha = hashlib.sha256(_start_of_digest(content.class_names, labels[part]))
         sha.update(np.ascontiguousarray(array).data)
         digest[part] = sha.hexdigest()
@@ -127,6 +131,18 @@ def in_memory(content: ImageSet) -> ImageArrays:
     tensors = {part: torch.from_numpy(np.ascontiguousarray(array)) for part, array in images.items()}
     numbers = {part: torch.from_numpy(array) for part, array in labels.items()}
     return ImageArrays(tensors, numbers, list(content.class_names), mean, std, digest)
+
+
+def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[str]) -> None:
+    """Check that a part has images, each with a label that is the index of a class.
+
+    Raises:
+        InputError: if not.
+    """
+    if not count or count != len(labels):
+        raise InputError(f"data: {count} {part} images have {len(labels)} labels")
+    if not 0 <= labels.min() <= labels.max() < len(class_names):
+        raise InputError(f"data: the {part} labels must be from 0 to {len(class_names) - 1}")
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
@@ -142,11 +158,16 @@ def channels_first(images: np.ndarray) -> np.ndarray:
     return images if images.shape[1] in (1, 3) else images.transpose(0, 3, 1, 2)
 
 
-def read_cache(cache: Path, fingerprint: str, image_size: int) -> ImageArrays | None:
-    """Memory-map the arrays at ``cache``; ``None`` if there are none, or they are of other content or damaged."""
+def read_cache(cache: Path, fingerprint: str, image_size: int, skip_unreadable: bool = False) -> ImageArrays | None:
+    """Memory-map the arrays at ``cache``; ``None`` if there are none, or they are of other content or damaged.
+
+    Those that lack unreadable images are of other content, unless these are to be skipped.
+    """
     try:
         meta = json.loads((cache / "meta.json").read_text())
         if meta["fingerprint"] != fingerprint or meta["image_size"] not in (None, image_size):
+            return None
+        if meta.get("skipped") and not skip_unreadable:
             return None
         return open_cache(cache)
     except (OSError, EOFError, ValueError, LookupError, TypeError):
@@ -175,7 +196,7 @@ def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadabl
     """Write the arrays next to ``cache``, and rename the directory when it is complete.
 
     Raises:
-        InputError: if images cannot be read, unless they are to be skipped.
+        InputError: if images cannot be read, unless they are to be skipped and others of each class remain.
     """
     for left in cache.parent.glob(f".{cache.name}-*"):  # by a process that was killed
         shutil.rmtree(left)
@@ -183,22 +204,30 @@ def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadabl
     try:
         problems: list[InputError] = []
         digest, paths = {}, {}
-        for part in content.images:
+        first = next(iter(content.images))
+        lost: list[str] = []  # classes without an image that can be read
+        for part, labels in content.labels.items():
             kept, digest[part] = _write_part(new, part, content, problems)
+            if part == first or not any(kept):
+                lost += [content.class_names[label] for label in np.setdiff1d(labels, labels[kept])]
             if part in content.paths:
                 paths[part] = [name for name, keep in zip(content.paths[part], kept, strict=True) if keep]
         if problems and not skip_unreadable:
             raise InputError(describe_unreadable(problems) + "; fix or remove them, or set data.skip_unreadable=true")
-        first = next(iter(content.images))
-        mean, std = channel_statistics(np.load(new / f"{first}_images.npy", mmap_mode="r"))
-        side = np.load(new / f"{first}_images.npy", mmap_mode="r").shape[-1]
+        if problems and is_first():
+            print(f"warning: {len(problems):,} images are left out: {describe_unreadable(problems)}", file=sys.stderr)
+        if lost:
+            raise InputError(f"no image of {', '.join(lost[:LISTED])} can be read; replace them or remove the class")
+        training = np.load(new / f"{first}_images.npy", mmap_mode="r")
+        mean, std = channel_statistics(training)
         meta = {
             "fingerprint": fingerprint,
-            "image_size": None if content.fits_any_size else side,
+            "image_size": None if content.fits_any_size else training.shape[-1],
             "class_names": content.class_names,
             "mean": mean,
             "std": std,
             "digest": digest,
+            "skipped": len(problems),
         }
         (new / "paths.json").write_text(json.dumps(paths))
         (new / "meta.json").write_text(json.dumps(meta, indent=1))
@@ -210,34 +239,37 @@ def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadabl
         raise
 
 
-def _write_part(folder: Path, part: str, content: ImageSet, problems: list[InputError]) -> tuple[np.ndarray, str]:
+def _write_part(folder: Path, part: str, content: ImageSet, problems: list[InputError]) -> tuple[list[bool], str]:
     """Write the images and labels of a part, and collect what cannot be read.
 
     Returns:
         Whether each image was read, and the digest.
     """
-    labels = content.labels[part].astype(np.int64)
+    labels = np.asarray(content.labels[part]).astype(np.int64)
     shape, images = content.shape, content.images[part]
     if shape is None:
         images = channels_first(np.asarray(images))
         shape = images.shape[1:]
-    kept = np.ones(len(labels), dtype=bool)
+    kept = []
     pixels = hashlib.sha256()
     with (folder / f"{part}_images.npy").open("wb") as file:  # not through a memory map: a full disk kills those
         # NumPy leaves room in the header for another number of images.
         np.lib.format.write_array_header_1_0(file, _header(len(labels), shape))
         start = file.tell()
-        for number, image in enumerate(images):
+        for image in images:
+            kept.append(not isinstance(image, InputError))
             if isinstance(image, InputError):
-                kept[number] = False
                 problems.append(image)
                 continue
+            if image.shape != shape or image.dtype != np.uint8:
+                raise InputError(f"data: a {part} image is {image.dtype} of shape {image.shape}, not uint8 of {shape}")
             data = image.tobytes()
             pixels.update(data)
             file.write(data)
         file.seek(0)
-        np.lib.format.write_array_header_1_0(file, _header(int(kept.sum()), shape))
+        np.lib.format.write_array_header_1_0(file, _header(sum(kept), shape))
         assert file.tell() == start
+    check_labels(part, labels, len(kept), content.class_names)
     np.save(folder / f"{part}_labels.npy", labels[kept])
     return kept, hashlib.sha256(_start_of_digest(content.class_names, labels[kept]) + pixels.digest()).hexdigest()
 
@@ -248,12 +280,6 @@ def _header(count: int, shape: tuple[int, ...]) -> dict[str, object]:
 
 def _start_of_digest(class_names: list[str], labels: np.ndarray) -> bytes:
     return json.dumps(class_names).encode() + labels.tobytes()
-
-
-def describe_unreadable(problems: list[InputError]) -> str:
-    """Name the first files that cannot be read, and the number of all."""
-    names = "; ".join(map(str, problems[:LISTED]))
-    return names if len(problems) <= LISTED else f"{names}; and {len(problems) - LISTED} more"
 
 
 def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
@@ -268,12 +294,3 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     mean = share @ values
     std = np.sqrt(share @ values**2 - mean**2)
     return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a blank channel must not divide by zero
-
-
-def fingerprint(root: Path, files: Iterable[Path]) -> str:
-    """A digest of the names, sizes and modification times of files below ``root``; unreadable ones count too."""
-    digest = hashlib.sha256()
-    for file in files:
-        stat = file.stat() if os.access(file, os.R_OK) else None
-        digest.update(os.fsencode(f"{os.path.relpath(file, root)} {stat and (stat.st_size, stat.st_mtime_ns)}\n"))
-    return digest.hexdigest()

@@ -1,6 +1,8 @@
 """Pictures in a folder for each class, or listed in a CSV file."""
 
 import csv
+import hashlib
+import json
 import os
 import sys
 from collections import Counter
@@ -11,8 +13,8 @@ import numpy as np
 
 from vit_lightning import register
 from vit_lightning.config import DataConfig
-from vit_lightning.data.cache import PARTS, ImageSet, Source, fingerprint
-from vit_lightning.data.images import decode_all, image_size, is_hidden, is_picture, visible_files
+from vit_lightning.data.cache import PARTS, ImageSet, Source
+from vit_lightning.data.images import decode_all, fingerprint, image_size, is_hidden, is_picture, visible_files
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import is_first, with_bar
 
@@ -40,8 +42,9 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
     Pictures in sub-folders of a class belong to it. Hidden files and folders are skipped.
     """
     root = Path(config.root).expanduser()
+    is_list = root.suffix.lower() == ".csv" and not root.is_dir()
     try:
-        listing, others = read_csv(root) if root.suffix.lower() == ".csv" else read_tree(root)
+        listing, others = read_csv(root) if is_list else read_tree(root)
     except OSError as error:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}); fix its permissions") from error
     check_classes(root, listing)
@@ -50,11 +53,14 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
     labels = {
         part: np.array([class_names.index(name) for name in sorted(c) for _ in c[name]]) for part, c in listing.items()
     }
-    base = root.parent if root.suffix.lower() == ".csv" else root
+    base = root.parent if is_list else root
+    every = [path for part in paths.values() for path in part]
+    # Which file has which label is not in the files' names if a CSV file says it.
+    counts = {part: {name: len(files) for name, files in classes.items()} for part, classes in listing.items()}
+    labelled = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
     def decode() -> ImageSet:
         report_others(config.root, base, others)
-        every = [path for part in paths.values() for path in part]
         side = config.stored_size
         if side is None:
             sizes = set(with_bar(map(image_size, every), "Reading image sizes", len(every))) - {None}
@@ -73,7 +79,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
             paths={part: [os.path.relpath(file, base) for file in files] for part, files in paths.items()},
         )
 
-    return Source(lambda: fingerprint(base, [path for part in paths.values() for path in part]), decode)
+    return Source(lambda: fingerprint(base, every) + labelled, decode)
 
 
 def read_tree(root: Path) -> tuple[Listing, list[Path]]:
@@ -87,8 +93,11 @@ def read_tree(root: Path) -> tuple[Listing, list[Path]]:
     """
     if not root.is_dir():
         raise InputError(f"data.root={root} is not a directory; {LAYOUTS}")
-    folders = {entry.name: entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)}
-    folders = {name: entry for name, entry in folders.items() if entry.is_dir() or is_broken_link(entry)}
+    entries = {entry.name: entry for entry in sorted(root.iterdir()) if not is_hidden(entry.name)}
+    for name in entries:
+        if name.lower() in PART_NAMES:
+            check_link(entries[name])
+    folders = {name: entry for name, entry in entries.items() if entry.is_dir()}
     parts = {name: PART_NAMES[name.lower()] for name in folders if name.lower() in PART_NAMES}
     split = {name: part for name, part in parts.items() if any(entry.is_dir() for entry in folders[name].iterdir())}
     if not split:
@@ -117,8 +126,8 @@ def read_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     for entry in sorted(folder.iterdir()):
         if is_hidden(entry.name):
             continue
-        if is_broken_link(entry) and not is_picture(entry):
-            raise InputError(f"{entry} is a link to nowhere; restore its target or remove it")
+        if not is_picture(entry):
+            check_link(entry)
         if not entry.is_dir():
             others.append(entry)
             continue
@@ -132,9 +141,14 @@ def read_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
     return classes, others
 
 
-def is_broken_link(path: Path) -> bool:
-    """Whether a path is a link to nowhere."""
-    return path.is_symlink() and not path.exists()
+def check_link(path: Path) -> None:
+    """Check that a path is not a link to nowhere.
+
+    Raises:
+        InputError: if it is.
+    """
+    if path.is_symlink() and not path.exists():
+        raise InputError(f"{path} is a link to nowhere; restore its target or remove it")
 
 
 def read_csv(path: Path) -> tuple[Listing, list[Path]]:
@@ -146,15 +160,17 @@ def read_csv(path: Path) -> tuple[Listing, list[Path]]:
     listing: Listing = {}
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), reader.fieldnames or ()
     except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"data.root={path} is not a CSV file in UTF-8 ({error})") from error
     except FileNotFoundError as error:
         raise InputError(f"data.root={path} does not exist; {LAYOUTS}") from error
-    columns = rows[0].keys() if rows else ()
     for name in ("path", "label"):
         if name not in columns:
             raise InputError(f"data.root={path} needs the columns path and label, and may have split; it lacks {name}")
+    if not rows:
+        raise InputError(f"data.root={path} lists no picture; add some")
     for number, row in enumerate(rows, start=2):
         part = PART_NAMES.get((row.get("split") or "train").strip().lower())
         if part is None or not row["label"] or not row["path"]:

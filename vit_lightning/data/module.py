@@ -225,9 +225,13 @@ def hold_out(
     try:
         rest, held = train_test_split(indices, test_size=size, random_state=config.split_seed, stratify=labels)
     except ValueError as error:
-        counts = np.bincount(labels, minlength=len(arrays.class_names))
-        rare = [name for name, count in zip(arrays.class_names, counts, strict=True) if count < 2]
-        few = f"{', '.join(rare[:5])} has 1 image; add some" if rare else str(error)
+        needed = 2 if "test" in arrays.labels else 3  # one for each split
+        counts = np.bincount(arrays.labels["train"], minlength=len(arrays.class_names))
+        rare = [f"{name} ({n})" for name, n in zip(arrays.class_names, counts, strict=True) if n < needed]
+        few = f"{len(indices)} images are too few for {len(counts)} classes; choose a share nearer to 0.5"
+        if rare:
+            more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
+            few = f"each class needs {needed} images or more, unlike {', '.join(rare[:5])}{more}"
         raise InputError(f"data.val_fraction={config.val_fraction} cannot be held out class by class: {few}") from error
     return rest, held
 

@@ -3,7 +3,9 @@
 import hashlib
 import inspect
 import pickle
-from collections.abc import Collection, Iterator
+import zipfile
+import zlib
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,8 @@ from torchvision import datasets
 from vit_lightning import register
 from vit_lightning.config import DataConfig
 from vit_lightning.data import folder
-from vit_lightning.data.cache import ImageArrays, ImageSet, Source, fingerprint, in_memory, open_source
-from vit_lightning.data.images import to_array
+from vit_lightning.data.cache import PARTS, ImageArrays, ImageSet, Source, in_memory, open_source
+from vit_lightning.data.images import UNREADABLE, fingerprint, to_array, unreadable
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import with_bar
 
@@ -109,63 +111,101 @@ def digits(config: DataConfig, image_size: int) -> Source:
 def npz(config: DataConfig, image_size: int) -> ImageSet:
     """Arrays of one ``.npz`` file, ``data.root``, named as in MedMNIST: ``train_images``, ``train_labels``, ``val_…``.
 
-    Images are uint8, (n, height, width) or (n, height, width, channels). ``class_names`` may name the classes.
+    Or ``images`` and ``labels`` alone, of which validation and test images are held out. Images are uint8, (n, height,
+    width) or (n, height, width, channels). ``class_names`` may name the classes.
     """
     path = Path(config.root).expanduser()
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:  # another file may be one array
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"data.root={config.root} cannot be read as an .npz file ({error})") from error
-    parts = [part for part in ("train", "val", "test") if f"{part}_images" in arrays]
-    if not parts or any(f"{part}_labels" not in arrays for part in parts):
-        raise InputError(f"data.root={config.root} needs the arrays train_images, train_labels and so on")
-    labels = {part: arrays[f"{part}_labels"].reshape(-1) for part in parts}
-    count = 1 + int(max(values.max() for values in labels.values()))
-    names = [str(name) for name in arrays.get("class_names", range(count))]
-    return ImageSet(names, labels, {part: arrays[f"{part}_images"] for part in parts})
+    prefixes = {part: f"{part}_" for part in PARTS if f"{part}_images" in arrays} or {"train": ""}
+    for name in [f"{prefix}{kind}" for prefix in prefixes.values() for kind in ("images", "labels")]:
+        if name not in arrays:
+            names = "train_images, train_labels and so on, or images and labels"
+            raise InputError(f"data.root={config.root} needs the arrays {names}; it lacks {name}")
+    labels = {part: arrays[f"{prefix}labels"] for part, prefix in prefixes.items()}
+    for part, values in labels.items():
+        if not values.size or values.size != len(values) or values.dtype.kind not in "iub":
+            raise InputError(
+                f"data.root={config.root}: {prefixes[part]}labels must be one whole number per image, "
+                f"not {values.dtype} of shape {values.shape}"
+            )
+    images = {part: arrays[f"{prefix}images"] for part, prefix in prefixes.items()}
+    return ImageSet(
+        class_names(labels, arrays.get("class_names")), {p: v.reshape(-1) for p, v in labels.items()}, images
+    )
+
+
+def class_names(labels: dict[str, np.ndarray], names: Iterable[Any] | None) -> list[str]:
+    """The names of the classes, or else their numbers; the first where there are several of one."""
+    if names is not None:
+        return [str(name[0] if isinstance(name, tuple) else name) for name in names]
+    return [str(number) for number in range(1 + max(int(values.max()) for values in labels.values()))]
+
+
+def taken(argument: str, train: Any, val: Any = None, test: Any = None, **others: Any) -> dict[str, dict[str, Any]]:
+    """The arguments for each part of a data set of torchvision, of which one says which part it is."""
+    values = {"train": train, "val": val, "test": test}
+    return {part: {argument: value, **others} for part, value in values.items() if value is not None}
+
+
+TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # its classification data sets, and their arguments
+    name: parts
+    for names, parts in (
+        ("CIFAR10 CIFAR100 FashionMNIST KMNIST MNIST QMNIST USPS", taken("train", True, test=False)),
+        ("EMNIST", taken("train", True, test=False, split="balanced")),
+        ("Caltech101 Caltech256 EuroSAT SEMEION SUN397", taken("download", True)),  # has one part
+        ("FER2013 Food101 GTSRB STL10 SVHN StanfordCars", taken("split", "train", test="test")),
+        ("DTD FGVCAircraft Flowers102 PCAM RenderedSST2", taken("split", "train", "val", "test")),
+        ("CLEVRClassification ImageNet Imagenette", taken("split", "train", "val")),
+        ("Country211", taken("split", "train", "valid", "test")),
+        ("OxfordIIITPet", taken("split", "trainval", test="test")),
+        ("Places365", taken("split", "train-standard", "val")),
+    )
+    for name in names.split()
+}
 
 
 @register.source("torchvision")
 def of_torchvision(config: DataConfig, image_size: int) -> Source:
     """A classification data set of torchvision by its class's name, as in ``data.name=Flowers102``; downloaded once."""
-    kind = getattr(datasets, config.name or "", None)
-    takes = inspect.signature(kind).parameters if isinstance(kind, type) else {}
-    if kind is None or not takes.keys() & {"train", "split"}:
-        raise InputError(f"data.name={config.name} is not a classification data set of torchvision, such as Flowers102")
-    root = Path(config.root).expanduser()
+    if config.name not in TORCHVISION:
+        raise InputError(
+            f"data.name={config.name} is not a classification data set of torchvision; choose one of "
+            + ", ".join(sorted(TORCHVISION))
+        )
 
     def decode() -> ImageSet:
-        labels, images, names = {}, {}, None
-        for part, choices in (("train", ["train"]), ("val", ["val", "valid"]), ("test", ["test"])):
-            for choice in choices:
-                data = _torchvision_part(kind, root, choice, takes.keys())
-                if data is not None:
-                    known = getattr(data, "targets", getattr(data, "_labels", None))
-                    labels[part] = np.array([item[1] for item in data] if known is None else list(known))
-                    images[part] = _first_of_each(data)
-                    names = getattr(data, "classes", None)
-        return pictures(labels, images, config, image_size, names)
+        assert config.name is not None
+        try:
+            sets = {part: torchvision_part(config, takes) for part, takes in TORCHVISION[config.name].items()}
+        except (OSError, RuntimeError, ValueError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise InputError(f"data.name={config.name} cannot be read or downloaded ({reason})") from error
+        labels = {part: labels_of(data) for part, data in sets.items()}
+        names = getattr(sets["train"], "classes", getattr(sets["train"], "categories", None))
+        return pictures(labels, {part: (data, 0) for part, data in sets.items()}, config, image_size, names)
 
     return Source(lambda: f"{config.name} {torchvision.__version__}", decode)
 
 
-def _torchvision_part(kind: Any, root: Path, choice: str, takes: Collection[str]) -> Any:
-    """A part of a data set of torchvision; ``None`` if it has no such part."""
-    if "train" in takes and choice not in ("train", "test"):
-        return None
-    which = {"train": choice == "train"} if "train" in takes else {"split": choice}
-    try:
-        return kind(str(root), **which, **({"download": True} if "download" in takes else {}))
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"data.name={kind.__name__} cannot be read or downloaded ({error})") from error
-    except ValueError:  # the split is not known
-        return None
+def torchvision_part(config: DataConfig, takes: dict[str, Any]) -> Any:
+    """Open a part of a data set of torchvision, and download it if torchvision can."""
+    kind = getattr(datasets, config.name or "")
+    known = inspect.signature(kind).parameters
+    download = {"download": True} if {"download", "kwargs"} & known.keys() and kind is not datasets.ImageNet else {}
+    return kind(str(Path(config.root).expanduser()), **takes | download)
 
 
-def _first_of_each(data: Any) -> Iterator[Any]:
-    """The pictures of a data set of pairs, one at a time."""
-    return (data[index][0] for index in range(len(data)))
+def labels_of(data: Any) -> np.ndarray:
+    """The labels of a data set of torchvision, without decoding its images where it lists them."""
+    for name in ("targets", "_labels", "labels", "y"):
+        labels = np.asarray(getattr(data, name, None))
+        if labels.ndim == 1:
+            return labels
+    return np.array([label for _, label in getattr(data, "_samples", data)])
 
 
 @register.source("huggingface")
@@ -193,26 +233,51 @@ def of_huggingface(config: DataConfig, image_size: int) -> Source:
         raise InputError(f"data.name={config.name} needs a column of images and one of class labels")
 
     def decode() -> ImageSet:
-        labels = {part: np.array(data[label]) for part, data in sets.items()}
-        images = {part: (row[image] for row in data) for part, data in sets.items()}
-        return pictures(labels, images, config, image_size, features[label].names)
+        labels = {
+            part: np.array([-1 if value is None else value for value in data[label]]) for part, data in sets.items()
+        }
+        known = {part: values for part, values in labels.items() if (values >= 0).any()}  # a test set's may be secret
+        if not known:
+            raise InputError(f"data.name={config.name} has no labels in its column {label}")
+        images = {part: (sets[part], image) for part in known}
+        return pictures(known, images, config, image_size, features[label].names)
 
     return Source(lambda: " ".join(data._fingerprint for data in sets.values()), decode)
 
 
 def pictures(
-    labels: dict[str, np.ndarray], images: dict[str, Any], config: DataConfig, image_size: int, names: list[str] | None
+    labels: dict[str, np.ndarray],
+    sets: dict[str, tuple[Any, Any]],
+    config: DataConfig,
+    image_size: int,
+    names: list[Any] | None,
 ) -> ImageSet:
-    """Labels and Pillow images by part, at ``data.stored_size`` or else at the network's size."""
+    """Labels and Pillow images by part, at ``data.stored_size`` or else at the network's size.
+
+    Args:
+        labels: by part, (number of images,).
+        sets: by part, a data set and at which index or key its items have the image.
+        config: names the data set, and the size.
+        image_size: of the network.
+        names: of the classes; ``None`` for their numbers.
+    """
     side = config.stored_size or image_size
-    count = 1 + int(max(values.max() for values in labels.values()))
+
+    def read(part: str, number: int) -> np.ndarray | InputError:
+        data, place = sets[part]
+        try:
+            return to_array(data[number][place], side)
+        except UNREADABLE as error:
+            return unreadable(f"data.name={config.name}: {part} image {number}", error)
+
+    def read_all(part: str) -> Iterable[np.ndarray | InputError]:
+        count = len(labels[part])
+        return with_bar((read(part, number) for number in range(count)), f"Reading {part} images", count)
+
     return ImageSet(
-        class_names=[str(name) for name in names or range(count)],
+        class_names=class_names(labels, names),
         labels=labels,
-        images={
-            part: (to_array(image, side) for image in with_bar(each, f"Reading {part} images", len(labels[part])))
-            for part, each in images.items()
-        },
+        images={part: read_all(part) for part in sets},
         shape=(3, side, side),
         fits_any_size=config.stored_size is not None,
     )
