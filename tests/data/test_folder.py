@@ -185,7 +185,13 @@ def test_names_that_are_not_utf8(tmp_path):
     root = tree(tmp_path / "photos", _="a b")
     name = os.fsencode(root / "a") + b"/caf\xe9.png"
     os.rename(os.fsencode(root / "a" / "00.png"), name)  # noqa: PTH104 - a path of bytes
-    assert sum(counts(opened(root))) == 20
+    os.rename(os.fsencode(root / "b"), os.fsencode(root) + b"/th\xe9")  # noqa: PTH104
+    data = opened(root)
+    assert counts(data) == (16, 2, 2)
+    assert data.class_names == ["a", r"th\xe9"]
+    names = "\n".join(name for split in ("train", "val", "test") for name in data.files(split))
+    assert r"a/caf\xe9.png" in names.splitlines()
+    assert names.encode()  # can be written
 
 
 def test_a_class_of_one_image_is_named(tmp_path):

@@ -134,7 +134,7 @@ def in_memory(content: ImageSet) -> ImageArrays:
 
 
 def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[str]) -> None:
-    """Check that a part has images, each with a label that is the index of a class.
+    """Check that a part has images, each with a label that is the index of a class, of which there are two to train on.
 
     Raises:
         InputError: if not.
@@ -143,6 +143,8 @@ def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[st
         raise InputError(f"data: {count} {part} images have {len(labels)} labels")
     if not 0 <= labels.min() <= labels.max() < len(class_names):
         raise InputError(f"data: the {part} labels must be from 0 to {len(class_names) - 1}")
+    if part == "train" and len(class_names) < 2:
+        raise InputError("data: the training images are of one class; a classifier needs two or more")
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:

@@ -49,10 +49,9 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
         raise InputError(f"{error.filename} cannot be read ({error.strerror}); fix its permissions") from error
     check_classes(root, listing)
     class_names = sorted({name for classes in listing.values() for name in classes})
+    index = {name: number for number, name in enumerate(class_names)}
     paths = {part: [path for name in sorted(c) for path in c[name]] for part, c in listing.items()}
-    labels = {
-        part: np.array([class_names.index(name) for name in sorted(c) for _ in c[name]]) for part, c in listing.items()
-    }
+    labels = {part: np.array([index[name] for name in sorted(c) for _ in c[name]]) for part, c in listing.items()}
     base = root.parent if is_list else root
     every = [path for part in paths.values() for path in part]
     # Which file has which label is not in the files' names if a CSV file says it.
@@ -68,7 +67,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
             side = width if len(sizes) == 1 and width == height <= MAX_OWN_SIZE else None
         keep = side or network_size
         return ImageSet(
-            class_names=class_names,
+            class_names=[as_text(name) for name in class_names],
             shape=(3, keep, keep),
             labels=labels,
             images={
@@ -76,10 +75,15 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
                 for part, files in paths.items()
             },
             fits_any_size=side is not None,
-            paths={part: [os.path.relpath(file, base) for file in files] for part, files in paths.items()},
+            paths={part: [as_text(os.path.relpath(file, base)) for file in files] for part, files in paths.items()},
         )
 
     return Source(lambda: fingerprint(base, every) + labelled, decode)
+
+
+def as_text(name: str) -> str:
+    r"""A file's name that can be printed and written: bytes that are not UTF-8 become as in ``caf\xe9``."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def read_tree(root: Path) -> tuple[Listing, list[Path]]:
@@ -200,5 +204,5 @@ def report_others(name: str, base: Path, others: Iterable[Path]) -> None:
     if files and is_first():
         counts = Counter(file.suffix.lower() or "no suffix" for file in files).most_common(5)
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
-        example = os.path.relpath(files[0], base)
+        example = as_text(os.path.relpath(files[0], base))
         print(f"warning: data.root={name}: {len(files):,} files are not used ({kinds}), as {example}", file=sys.stderr)
