@@ -30,11 +30,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit_lightning import register
 from vit_lightning.config import Config
-from vit_lightning.files import ERROR, SUMMARY, write_atomic
+from vit_lightning.files import ERROR, SUMMARY, remove_empty, write_atomic
 from vit_lightning.keys import InputError, Invocation, as_list, sections
 from vit_lightning.messages import MISTAKES, help_text, hint_for, one_line, unknown_key
 from vit_lightning.schemas import CONF, SCHEMAS
-from vit_lightning.terminal import relative
+from vit_lightning.terminal import escape_unencodable, relative
 
 OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is a mistake
     *("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc"),
@@ -62,6 +62,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
             directory and the :class:`~vit_lightning.config.Invocation`, and returns what a sweeper optimises.
         text: what ``--help`` says first.
     """
+    escape_unencodable()
     schema = SCHEMAS[name]
     typed = added(sys.argv[1:])
     if {"--help", "-h"} & set(typed):
@@ -97,8 +98,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
                     write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
                 return math.nan
             if mistake and "traceback=true" not in typed:
-                with contextlib.suppress(OSError):
-                    run_dir.rmdir()  # fails, as it should, if the run has written something
+                remove_empty(run_dir)
                 sys.exit(one_line(error, schema, run_dir))
             raise
 

@@ -1,8 +1,10 @@
 """The files of a run's directory, and writing files that are complete or absent. Nothing here imports torch."""
 
 import contextlib
+import csv
 import io
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +80,24 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows with :func:`write_atomic`; a name that is not valid Unicode is escaped, as in JSON."""
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(rows)
+    write_atomic(path, buffer.getvalue().encode(errors="backslashreplace"))
+
+
 def save_figure(figure: Any, path: Path) -> None:
     """Write a Matplotlib figure with :func:`write_atomic`, in the format that the file's name ends with."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:])
     write_atomic(path, buffer.getvalue())
+
+
+def remove_empty(run_dir: Path) -> None:
+    """Remove a run's directory, and those above it that are below the working directory, as far as they are empty."""
+    start = Path.cwd()
+    with contextlib.suppress(OSError):  # raised where one is not empty
+        for folder in (run_dir, *run_dir.parents):
+            if folder == run_dir or (folder.is_relative_to(start) and folder != start):
+                folder.rmdir()

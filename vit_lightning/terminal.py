@@ -1,7 +1,9 @@
 """What the commands print: ruled tables on a terminal, plain columns in a file or a pipe."""
 
+import contextlib
+import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -12,6 +14,13 @@ from rich.progress import track
 from rich.table import Table
 
 T = TypeVar("T")
+
+
+def escape_unencodable() -> None:
+    """Print characters that the terminal's encoding lacks, and names that are not valid Unicode, as escapes."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def is_first() -> bool:
@@ -61,3 +70,13 @@ def print_files(files: Iterable[Path]) -> None:
 def relative(path: Path) -> str:
     """The path as a person would type it from here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+@contextlib.contextmanager
+def warn_instead(name: str) -> Iterator[None]:
+    """Report on stderr that a picture could not be drawn, whatever the reason, and continue."""
+    try:
+        yield
+    except Exception as error:
+        [reason, *_] = str(error).splitlines() or [""]
+        print(f"warning: no picture of {name} ({type(error).__name__}: {reason})", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -60,13 +62,13 @@ SHAPES = {  # of networks, small
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("write", [graph.write_onnx, graph.write_torch_export])
-def test_networks_of_every_kind_can_be_exported(tmp_path, shape, write):
+@pytest.mark.parametrize("convert", [graph.to_onnx, graph.to_torch_export])
+def test_networks_of_every_kind_can_be_exported(shape, convert):
     small = ["model.image_size=16", "model.patch_size=4", "model.layers=2", "model.embed_dim=32", "model.heads=2"]
     model = replace(composed(*SHAPES[shape], *small).model, channels=3, num_classes=7)
     torch.manual_seed(0)
     classifier = ViTClassifier(asdict(model), asdict(OptimConfig()), list("abcdefg"), [0.5] * 3, [0.25] * 3).eval()
-    run = write(graph.trace(classifier), {"class_names": "[]"}, tmp_path / "file")
+    _, run = convert(graph.trace(classifier), {"class_names": "[]"})
     for size in ((20, 13), (16, 16), (20, 40), (40, 20)):
         batch = torch.randint(0, 256, (3, 3, *size), dtype=torch.uint8)
         torch.testing.assert_close(run(batch), classifier(batch), atol=1e-4, rtol=0)
@@ -83,6 +85,36 @@ def test_an_export_that_differs_is_not_written(digits_run, tmp_path, monkeypatch
     with pytest.raises(InputError, match=r"logits differ from PyTorch's by 1\.0e-02; not written"):
         export(composed(f"checkpoint={digits_run}", "format=torch_export", name="export"), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_refused_export_leaves_no_directory(tmp_path):
+    (tmp_path / "other.ckpt").write_bytes(b"no checkpoint")
+    result = command("export", "checkpoint=other.ckpt", cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr == "error: checkpoint=other.ckpt: other.ckpt is not a checkpoint\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["other.ckpt"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["onnx", "torch_export", "safetensors"])
+def test_an_export_that_does_not_fit_on_the_disk_leaves_nothing_and_keeps_an_older_one(digits_run, form):
+    """The limit on a file's size stands for a full disk."""
+    folder = digits_run.parent / f"full-{form}"
+    folder.mkdir()
+    name = {"onnx": "model.onnx", "torch_export": "model.pt2", "safetensors": "model.safetensors"}[form]
+    (folder / name).write_text("older")
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)); from vit_lightning import export; export.main()"
+    )
+    arguments = ["checkpoint=run", f"format={form}", "seconds=0", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+    result = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=digits_run.parent, capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    [line] = result.stderr.splitlines()
+    assert line.startswith(f"error: {folder / name} cannot be written (File too large)")
+    assert {path.name: path.read_text() for path in folder.iterdir()} == {name: "older"}
 
 
 def test_an_unknown_format_is_said():

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -120,3 +123,25 @@ def test_without_images_it_says_what_to_name(images):
 def test_where_nothing_is_found_it_says_what_it_takes(pictures, tmp_path):
     with pytest.raises(InputError, match="no picture was read"):
         predict(composed("checkpoint=run", f"images={tmp_path / 'nothing'}", name="predict"), tmp_path)
+
+
+def test_a_file_name_that_is_not_valid_unicode(pictures, digits_run):
+    """A Latin-1 name on a UTF-8 terminal; pictures in hidden directories are left out."""
+    folder, _ = pictures
+    (folder / "more" / "alpha.png").rename(folder / "more" / os.fsdecode(b"caf\xe9.png"))
+    (folder / "more" / ".thumbs").mkdir()
+    (folder / "gray.png").rename(folder / "more" / ".thumbs" / "gray.png")
+    arguments = ["checkpoint=run", f"images={folder / 'more'}", "top=1", "attention=true", "hydra.run.dir=latin"]
+    result = subprocess.run(
+        [sys.executable, "-m", "vit_lightning.predict", *arguments],
+        cwd=digits_run.parent,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        capture_output=True,
+        text=True,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "caf\\udce9.png" in result.stdout
+    [row] = json.loads((digits_run.parent / "latin" / "predictions.json").read_text())
+    assert os.fsencode(row["file"]).endswith(b"more/caf\xe9.png")
+    [cells] = csv.DictReader((digits_run.parent / "latin" / "predictions.csv").read_text(encoding="utf-8").splitlines())
+    assert cells["file"].endswith("more/caf\\udce9.png")

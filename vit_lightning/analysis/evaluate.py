@@ -15,7 +15,7 @@ from vit_lightning.provenance import provenance
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.schemas import EvaluateConfig
-from vit_lightning.terminal import print_files, print_table
+from vit_lightning.terminal import print_files, print_table, warn_instead
 
 
 def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
@@ -47,10 +47,11 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     show(report)
     print_files(run_dir / name for name in ("evaluation.json", "per_class.csv", "predictions.csv"))
     for name in FIGURES:
-        figure = predictions.draw(name)
-        if figure is not None:
-            save_figure(figure, run_dir / f"{name}.png")
-            print_files([run_dir / f"{name}.png"])
+        with warn_instead(name):
+            figure = predictions.draw(name)
+            if figure is not None:
+                save_figure(figure, run_dir / f"{name}.png")
+                print_files([run_dir / f"{name}.png"])
     return report["acc"]
 
 

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 import torch
 
-from vit_lightning.analysis.graph import measure_speed, photographs, trace, write_onnx, write_torch_export
-from vit_lightning.files import RunFiles
+from vit_lightning.analysis.graph import measure_speed, photographs, to_onnx, to_torch_export, trace
+from vit_lightning.files import RunFiles, write_atomic
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier, publish
@@ -16,7 +17,7 @@ from vit_lightning.terminal import print_files, print_table
 
 TOLERANCE = 1e-4  # greatest difference between logits
 BATCHES = (1, 64)  # batch sizes of the speed measurement
-FILES = {"onnx": "model.onnx", "torch_export": "model.pt2"}
+FORMATS = {"onnx": ("model.onnx", to_onnx), "torch_export": ("model.pt2", to_torch_export)}
 
 
 def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
@@ -38,33 +39,25 @@ def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = 
         "class_names": json.dumps(classifier.hparams["class_names"]),
         "config": json.dumps(classifier.hparams["model"]),
     }
-    path = run_dir / FILES[config.format]
-    unchecked = run_dir / f"unchecked-{path.name}"
-    write = {"onnx": write_onnx, "torch_export": write_torch_export}[config.format]
-
     pytorch = torch.inference_mode()(classifier)
-    try:
-        exported = write(trace(classifier), metadata, unchecked)
-        images = photographs(classifier.net.channels)
-        expected, logits = pytorch(images), exported(images)
-        difference = (logits - expected).abs().max().item()
-        if not difference <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
-            raise InputError(f"format={config.format}: logits differ from PyTorch's by {difference:.1e}; not written")
-        unchecked.rename(path)
-    finally:
-        unchecked.unlink(missing_ok=True)
+    name, convert = FORMATS[config.format]
+    content, exported = convert(trace(classifier), metadata)
+    images = photographs(classifier.net.channels)
+    expected, logits = pytorch(images), exported(images)
+    difference = (logits - expected).abs().max().item()
+    if not difference <= TOLERANCE or not torch.equal(logits.argmax(dim=1), expected.argmax(dim=1)):
+        raise InputError(f"format={config.format}: logits differ from PyTorch's by {difference:.1e}; not written")
+    write_atomic(run_dir / name, content)
 
     rows = []
-    for name, run in (("PyTorch", pytorch), (config.format, exported)):
-        cells = []
-        for batch in BATCHES:
-            seconds = measure_speed(run, images[:batch], config.seconds)
-            cells += [f"{1000 * seconds:,.2f}", f"{batch / seconds:,.0f}"]
-        rows.append((name, *cells))
+    for label, run in (("PyTorch", pytorch), (config.format, exported)):
+        seconds = [measure_speed(run, images[:batch], config.seconds) for batch in BATCHES]
+        cells = [(f"{1000 * each:,.2f}", f"{batch / each:,.0f}") for batch, each in zip(BATCHES, seconds, strict=True)]
+        rows.append((label, *chain(*cells)))
     columns = (f"batch {batch}, {unit}" for batch in BATCHES for unit in ("ms", "images/s"))
     print_table("speed on the CPU", ("", *columns), rows)
     print(f"logits within {difference:.1e} of PyTorch's and top-1 the same on {len(images)} photographs")
-    print_files([path])
+    print_files([run_dir / name])
     return difference
 
 

@@ -1,11 +1,10 @@
-"""A trained classifier as one graph from uint8 images to logits, and the files that contain it."""
+"""A trained classifier as one graph from uint8 images to logits, in the formats of files."""
 
 import contextlib
 import io
 import logging
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +25,8 @@ def trace(classifier: ViTClassifier) -> ExportedProgram:
     return torch.export.export(classifier, (example,), dynamic_shapes=(axes,))
 
 
-def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -> Run:
-    """Write an ONNX file, and open it in ONNX Runtime on the CPU.
+def to_onnx(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Run]:
+    """Convert to the content of an ONNX file, opened in ONNX Runtime on the CPU.
 
     Raises:
         InputError: if the required libraries are not installed.
@@ -43,15 +42,17 @@ def write_onnx(program: ExportedProgram, metadata: dict[str, str], path: Path) -
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])
     assert onnx is not None
     onnx.model.metadata_props.update(metadata)
-    onnx.save(path)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    content = onnx.model_proto.SerializeToString()
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    return content, lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def write_torch_export(program: ExportedProgram, metadata: dict[str, str], path: Path) -> Run:
-    """Write a ``torch.export`` file, and open it."""
-    torch.export.save(program, path, extra_files=metadata)
-    return torch.export.load(path).module()
+def to_torch_export(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Run]:
+    """Convert to the content of a ``torch.export`` file, opened."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files=metadata)
+    content = buffer.getvalue()
+    return content, torch.export.load(io.BytesIO(content)).module()
 
 
 def photographs(channels: int) -> Tensor:

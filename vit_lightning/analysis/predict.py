@@ -1,9 +1,9 @@
 """Classify pictures: ``python -m vit_lightning.predict checkpoint=… images=…``."""
 
-import csv
 import glob
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
-from vit_lightning.analysis.figures import draw_attention
+from vit_lightning.analysis.figures import draw_attention, shorten
 from vit_lightning.data.images import decode_image, is_picture, visible_files
 from vit_lightning.devices import evaluation_device
-from vit_lightning.files import save_figure, write_atomic
+from vit_lightning.files import save_figure, write_atomic, write_csv
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
@@ -60,7 +60,10 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
         raise InputError("no picture was read; images= takes files, directories and globs of pictures")
 
     write_atomic(run_dir / "predictions.json", json.dumps(rows, indent=2) + "\n")
-    write_csv(run_dir / "predictions.csv", rows)
+    numbers = range(1, len(rows[0]["predictions"]) + 1)
+    header = ["file", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))]
+    cells = ([row["file"], *chain(*(guess.values() for guess in row["predictions"]))] for row in rows)
+    write_csv(run_dir / "predictions.csv", [header, *cells])
     written = ["predictions.json", "predictions.csv"]
     if config.attention:
         draw(classifier, torch.stack(seen), rows, run_dir / "attention.png")
@@ -116,26 +119,10 @@ def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, A
     last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
     overlays = torch.stack([on_patches(classifier.net, rollout), last], dim=1).cpu().numpy()
     best = [row["predictions"][0] for row in rows[: len(images)]]
-    files = [_shorten(Path(row["file"]).name) for row in rows[: len(images)]]
+    files = [shorten(Path(row["file"]).name, 24) for row in rows[: len(images)]]
     titles = [f"{file}\n{guess['class']} {guess['probability']:.0%}" for file, guess in zip(files, best, strict=True)]
     pictures = images.permute(0, 2, 3, 1).numpy() / 255
     save_figure(draw_attention(pictures, overlays, ["rollout", "last block"], titles), path)
-
-
-def _shorten(name: str, length: int = 24) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
-
-
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write a row per image: file, then classes and probabilities, the most likely first."""
-    count = len(rows[0]["predictions"])
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        numbers = range(1, count + 1)
-        writer.writerow(["file", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))])
-        for row in rows:
-            pairs = [value for guess in row["predictions"] for value in guess.values()]
-            writer.writerow([row["file"], *pairs])
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """The predictions of a classifier on one split: measured, drawn and written to files."""
 
-import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
@@ -17,6 +17,7 @@ from torch import Tensor
 from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability, shorten
 from vit_lightning.data.module import ImageData
 from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
+from vit_lightning.files import write_csv
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import with_bar
@@ -74,6 +75,11 @@ class Predictions:
         pairs = self.labels * classes + self.guess
         return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
 
+    @property
+    def mistaken(self) -> Tensor:
+        """The confusion matrix without its diagonal."""
+        return self.confusion - self.confusion.diag().diag()
+
     @cached_property
     def scores(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Precision, recall, F1 and number of images of each class, (classes,) each; NaN where undefined."""
@@ -120,8 +126,7 @@ class Predictions:
             report["superclass_acc"] = (of[guess] == of[labels]).double().mean().item()
         worst = [i for i in recall.argsort(kind="stable").tolist() if counts[i]][:WORST]
         report["worst_classes"] = [{"class": names[i], "acc": float(recall[i])} for i in worst]
-        mistaken = self.confusion - self.confusion.diag().diag()
-        values, places = mistaken.flatten().topk(min(WORST, len(names) ** 2))
+        values, places = self.mistaken.flatten().topk(min(WORST, len(names) ** 2))
         report["most_confused"] = [
             {"label": names[place // len(names)], "prediction": names[place % len(names)], "images": value}
             for value, place in zip(values.tolist(), places.tolist(), strict=True)
@@ -135,9 +140,7 @@ class Predictions:
         ``confusion`` has CIFAR-100's classes by superclass, ``confusion_superclasses`` needs them; ``mistakes``, the
         most confident ones, needs the images and a mistake.
         """
-        images = (
-            f"{len(self.labels):,} { {'train': 'training', 'val': 'validation', 'test': 'test'}[self.split] } images"
-        )
+        images = f"{len(self.labels):,} {SPLITS[self.split]} images"
         names, superclasses = self.class_names, superclass_indices(self.class_names)
         if name == "confusion":
             order = sorted(range(len(names)), key=superclasses.__getitem__ if superclasses else None)
@@ -169,38 +172,30 @@ class Predictions:
     def write_per_class(self, path: Path) -> None:
         """Write a row for each class that has images: its measures, and the class it is most often mistaken for."""
         precision, recall, _, counts = self.scores
-        mistaken = self.confusion - self.confusion.diag().diag()
-        times, others = (values.tolist() for values in mistaken.max(dim=1))
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["class", "images", "acc", "acc5", "precision", "mostly_taken_for", "times"])
-            for index in counts.nonzero()[0].tolist():
-                name, acc5 = self.class_names[index], self.in_top5[self.labels == index].double().mean().item()
-                share = "" if np.isnan(precision[index]) else precision[index]
-                other = self.class_names[others[index]] if times[index] else ""
-                writer.writerow([name, counts[index], recall[index], acc5, share, other, times[index]])
+        times, others = (values.tolist() for values in self.mistaken.max(dim=1))
+        rows: list[list[Any]] = [["class", "images", "acc", "acc5", "precision", "mostly_taken_for", "times"]]
+        for index in counts.nonzero()[0].tolist():
+            acc5 = self.in_top5[self.labels == index].double().mean().item()
+            share = "" if np.isnan(precision[index]) else precision[index]
+            other = self.class_names[others[index]] if times[index] else ""
+            rows.append([self.class_names[index], counts[index], recall[index], acc5, share, other, times[index]])
+        write_csv(path, rows)
 
     def write_predictions(self, path: Path) -> None:
         """Write a row for each image, in the split's order: its file, label and the five most probable classes.
 
         The file is the image's number in the split if it is not a file.
         """
-        files = self.data.files(self.split) if self.data is not None else None
-        values, classes = self.top5
+        names, (values, classes) = self.class_names, self.top5
+        files: Sequence[Any] = (self.data and self.data.files(self.split)) or range(len(self.labels))
         numbers = range(1, values.shape[1] + 1)
-        with path.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["image", "label", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))])
-            for image, label in enumerate(self.labels.tolist()):
-                guesses = [self.class_names[index] for index in classes[image].tolist()]
-                shares = [f"{share:.6f}" for share in values[image].tolist()]
-                writer.writerow(
-                    [
-                        files[image] if files else image,
-                        self.class_names[label],
-                        *chain(*zip(guesses, shares, strict=True)),
-                    ]
-                )
+        rows = [["image", "label", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))]]
+        for file, label, indices, shares in zip(
+            files, self.labels.tolist(), classes.tolist(), values.tolist(), strict=True
+        ):
+            guesses = ((names[index], f"{share:.6f}") for index, share in zip(indices, shares, strict=True))
+            rows.append([file, names[label], *chain(*guesses)])
+        write_csv(path, rows)
 
 
 def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False) -> Predictions:

@@ -1,9 +1,6 @@
 """What TensorBoard shows next to the curves: the configuration, training images, and figures of the best network."""
 
-import contextlib
 import io
-import sys
-from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -26,6 +23,7 @@ from vit_lightning.keys import flatten
 from vit_lightning.recipe.augment import denormalise
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import total_norm
+from vit_lightning.terminal import warn_instead
 
 # One chart for training and validation, in the custom-scalars tab.
 LAYOUT = {  # tags are regular expressions
@@ -233,13 +231,3 @@ def show(trainer: L.Trainer, name: str, figure: Figure, step: int) -> None:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")
             logger.log_image(f"pictures/{name}", [Image.open(buffer)])
-
-
-@contextlib.contextmanager
-def warn_instead(name: str) -> Iterator[None]:
-    """Report on stderr that a picture could not be drawn, whatever the reason, and continue."""
-    try:
-        yield
-    except Exception as error:
-        [reason, *_] = str(error).splitlines() or [""]
-        print(f"warning: no picture of {name} ({type(error).__name__}: {reason})", file=sys.stderr)
