@@ -2,7 +2,7 @@
 
 import sys
 
-from vit_lightning.messages import key_table
+from vit_lightning.guard import run
 
 COMMANDS = """\
 A small Vision Transformer as a PyTorch Lightning experiment project.
@@ -23,9 +23,9 @@ def main() -> None:
     """Print the commands or the keys; anything else is a mistake."""
     arguments = sys.argv[1:]
     if arguments == ["keys"]:
-        print(key_table())
+        run("vit_lightning.messages:print_keys")
     elif set(arguments) <= {"--help", "-h"}:
-        print(COMMANDS)
+        run("builtins:print", COMMANDS)
     else:
         sys.exit(f"error: unknown argument {' '.join(arguments)}; python -m vit_lightning --help lists the commands")
 

@@ -8,12 +8,12 @@ turn. Libraries that are not installed are left out: pip install -e ".[bench]"
 adds them. benchmark.json and benchmark.png are in outputs/<date>/<time>/.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("benchmark", "vit_lightning.benchmarks.benchmark:benchmark", __doc__)
+    run("vit_lightning.cli:run_command", "benchmark", "vit_lightning.benchmarks.benchmark:benchmark", __doc__)
 
 
 if __name__ == "__main__":

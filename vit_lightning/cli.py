@@ -5,7 +5,7 @@ A mistake ends in one line on standard error and exit code 1, before torch is im
 
 import contextlib
 import errno
-import importlib
+import hashlib
 import inspect
 import logging
 import math
@@ -22,18 +22,18 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from vit_lightning import register
+from vit_lightning import guard, register
 from vit_lightning.config import Config
 from vit_lightning.files import ERROR, SUMMARY, remove_empty, write_atomic
 from vit_lightning.keys import InputError, Invocation, as_list, sections
-from vit_lightning.messages import MISTAKES, help_text, hint_for, one_line, unknown_key
-from vit_lightning.schemas import CONF, SCHEMAS
+from vit_lightning.messages import help_text, is_mistake, keys_meant, keys_of, one_line, unknown_key
+from vit_lightning.schemas import CONF, SCHEMAS, options_of
 from vit_lightning.terminal import escape_unencodable, relative
 
 OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is a mistake
@@ -43,6 +43,7 @@ OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is
 }
 
 
+NAME_BYTES = 200  # of a directory; most file systems take 255
 OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that have no declaration in the schema
 
 
@@ -59,24 +60,16 @@ def run_command(name: str, task: str, text: str | None) -> None:
     Args:
         name: of the command, one of ``SCHEMAS``.
         task: ``module:function``, imported once the configuration is checked. It takes the configuration, the run's
-            directory and the :class:`~vit_lightning.config.Invocation`, and returns what a sweeper optimises.
+            directory and the :class:`~vit_lightning.keys.Invocation`, and returns what a sweeper optimises.
         text: what ``--help`` says first.
     """
     escape_unencodable()
     schema = SCHEMAS[name]
     typed = added(sys.argv[1:])
     if {"--help", "-h"} & set(typed):
-        chosen = next((item.removeprefix("imports=") for item in typed if item.startswith("imports=")), "")
-        try:
-            register.load(chosen.strip("[]").split(",") if chosen else [])
-        except InputError as error:
-            sys.exit(f"error: {error}")
-        print(help_text(name, text or ""))
+        print_help(name, text or "", typed)
         return
-    for option in (item.partition("=")[0] for item in typed if re.match("--?[a-z]", item)):
-        if option not in OPTIONS:
-            hint = hint_for(option.lstrip("-").replace("-", "_"), schema)
-            sys.exit(f"error: {option} is not an option; settings are written key=value{hint or ', as in seed=1'}")
+    check_options(typed, schema)
     register_schemas()
     started, failed = False, 0
 
@@ -89,17 +82,14 @@ def run_command(name: str, task: str, text: str | None) -> None:
         try:
             return _run_task(task, cfg, name, run_dir)
         except Exception as error:
-            mistake = isinstance(error, MISTAKES)
+            line = one_line(error, schema, run_dir) if is_mistake(error) else None
             if settings.mode is RunMode.MULTIRUN:
                 failed += 1
-                message = one_line(error, schema, run_dir) if mistake else traceback.format_exc().strip()
-                print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
-                with contextlib.suppress(OSError):  # a directory that cannot be written
-                    write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
+                report_failure(settings, run_dir, line or traceback.format_exc().strip())
                 return math.nan
-            if mistake and "traceback=true" not in typed:
+            if line and "traceback=true" not in typed:
                 remove_empty(run_dir)
-                sys.exit(one_line(error, schema, run_dir))
+                sys.exit(line)
             raise
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions instead of printing its own report
@@ -107,11 +97,8 @@ def run_command(name: str, task: str, text: str | None) -> None:
         first = next((i for i, item in enumerate(typed) if "=" in item and not item.startswith("-")), len(typed))
         sys.argv[1:] = [*typed[:first], *check_overrides(typed, schema), *typed[first:]]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
-        if "traceback=true" in typed or (started and not isinstance(error, MISTAKES)):
+        if "traceback=true" in typed or (started and not is_mistake(error)):
             raise
         sys.exit(one_line(error, schema))
     finally:
@@ -120,11 +107,46 @@ def run_command(name: str, task: str, text: str | None) -> None:
         sys.exit(f"error: {failed} of the sweep's jobs failed")
 
 
+def print_help(name: str, text: str, typed: list[str]) -> None:
+    """Print ``--help``, with the parts that ``imports=`` registers."""
+    chosen = next((item.removeprefix("imports=") for item in typed if item.startswith("imports=")), "")
+    register.load(chosen.strip("[]").split(",") if chosen else [])
+    print(help_text(name, text))
+
+
+def check_options(typed: list[str], schema: type) -> None:
+    """Refuse options that Hydra does not have.
+
+    Raises:
+        InputError: if there is one.
+    """
+    for number, item in enumerate(typed):
+        option, equals, value = item.partition("=")
+        if not re.match("--?[A-Za-z]", item):
+            continue
+        if option not in OPTIONS:
+            meant = " or ".join(keys_meant(option.lstrip("-").replace("-", "_"), schema))
+            value = value if equals else next((each for each in typed[number + 1 :] if each[0] != "-"), "value")
+            hint = f"write {meant}={value}" if meant else "settings are written key=value, as in seed=1"
+            raise InputError(f"{option} is not an option; {hint}")
+        if option in ("--cfg", "-c") and not {value, *typed[number + 1 : number + 2]} & {"job", "hydra", "all"}:
+            raise InputError(f"{option} needs what to print; write {option} job")
+
+
+def report_failure(settings: Any, run_dir: Path, message: str) -> None:
+    """Print why a job of a sweep failed, and write it into the job's directory."""
+    print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # a directory that cannot be written
+        write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
+
+
 def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
     """Check the configuration, import the task and call it."""
     settings, schema = HydraConfig.get(), SCHEMAS[name]
     if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
+    if settings.job.chdir:
+        raise InputError("hydra.job.chdir=true is not supported; paths are relative to where the command is typed")
     (run_dir / ERROR).unlink(missing_ok=True)  # of an earlier attempt
     config = to_config(cfg, schema)
     check_paths(config)
@@ -148,10 +170,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
         except Exception as error:  # Hydra and OmegaConf have many
             raise InputError(one_line(error, schema).removeprefix("error: ")) from error
 
-    module, function = task.split(":")
-    return getattr(importlib.import_module(module), function)(
-        config, run_dir, invocation=Invocation(command, overrides, compose, build_object)
-    )
+    return guard.load(task)(config, run_dir, invocation=Invocation(command, overrides, compose, build_object))
 
 
 def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
@@ -181,7 +200,7 @@ class SweepEnd(Callback):
             sys.exit("error: the sweep has no jobs; a glob that matches no option gives none")
         if any(directory.rglob(SUMMARY)):
             try:
-                importlib.import_module("vit_lightning.sweeps.table").show(directory)
+                guard.load("vit_lightning.sweeps.table:show")(directory)
             except InputError as error:  # the jobs have their results; only their table is missing
                 print(f"error: {error}", file=sys.stderr)
         failed = [
@@ -202,24 +221,18 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
         Hydra's setting that names the directory of a job after what the sweep varies.
 
     Raises:
-        InputError: if a key is unknown, a class path is set, or a list of values is empty or repeats a value.
+        InputError: if a setting is not possible, or a list of values is empty or repeats a value.
     """
-    given = [item for item in arguments if "=" in item and not item.startswith("-")]  # no options, as --cfg job
+    given = [item for item in arguments if ("=" in item and item[0] != "-") or item[0] == "~"]  # no --cfg job
     try:
         settings = OverridesParser.create().parse_overrides(given)
     except OverrideParseException:
         return []  # Hydra reports it
+    chosen = {setting.key_or_group for setting in settings}
     fixed: dict[str, bool] = {}  # the last of a key that is set twice counts
     for setting in settings:
+        check_setting(setting, schema, chosen)
         name, value = setting.key_or_group, setting.value()
-        target = re.search(r"(^|[^\w/-])_target_\s*[:=]", setting.input_line or "")
-        if target and not name.startswith(("callbacks", "logger")):  # Hydra would call whatever it names
-            raise InputError(f"{setting.input_line}: _target_ can only be set in callbacks and logger; remove it")
-        if setting.is_add() and not name.startswith("hydra") and not OPEN.match(name):
-            group, _, rest = name.rpartition(".")
-            section = sections(schema).get(group) if group else schema
-            if section is None or rest not in [field.name for field in fields(section)]:
-                raise InputError(unknown_key(name, schema))
         if isinstance(value, ChoiceSweep | RangeSweep):
             values = list(setting.sweep_string_iterator())
             twice = [item for number, item in enumerate(values) if item in values[:number]]
@@ -230,6 +243,54 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
         fixed[name] = not setting.is_sweep_override()
     names = ",".join(name for name, is_fixed in fixed.items() if is_fixed)
     return [f"hydra.job.config.override_dirname.exclude_keys=[{names}]"]
+
+
+def check_setting(setting: Override, schema: type, chosen: set[str]) -> None:
+    """Refuse a setting that Hydra takes, or reports in other words.
+
+    Args:
+        setting: the setting.
+        schema: of the configuration.
+        chosen: all keys and groups that are set.
+
+    Raises:
+        InputError: if a key is unknown, missing, removed or part of what is ``null``; or a class path is set.
+    """
+    line, name, parts = setting.input_line or "", setting.key_or_group, sections(schema)
+    group, dot, _ = name.partition(".")
+    if not name:
+        raise InputError(f"{line} has no key; settings are written key=value")
+    if re.search(r"(^|[^\w/-])_target_\s*[:=]", line) and not name.startswith(("callbacks", "logger")):
+        # Hydra would call whatever it names.
+        raise InputError(f"{line}: _target_ can only be set in callbacks and logger; remove it")
+    if setting.is_delete() and name in keys_of(schema):
+        raise InputError(f"{line}: a key cannot be removed; set it, as in {name}=value")
+    absent = {each.name for each in fields(schema) if each.name in parts and each.default is None} - chosen
+    if dot and group in absent:
+        raise InputError(f"{line} needs {group}= as well; choose one of {', '.join(options_of(group))}")
+    if not setting.is_add() or name.startswith("hydra") or OPEN.match(name):
+        return
+    if (CONF / name).is_dir() and not OPEN.match(f"{name}.") and name != "space":
+        raise InputError(f"{name} is a group; write {line.lstrip('+')}")
+    section, _, key = name.rpartition(".")
+    part = parts.get(section) if section else schema
+    if part is None or key not in [each.name for each in fields(part)]:
+        raise InputError(unknown_key(name, schema))
+
+
+def job_dir(varied: str) -> str:
+    """Name the directory of a job after what the sweep varies: one directory, whose name file systems take.
+
+    A name that is changed ends with a hash of the original, so that no two jobs get the same.
+    """
+    safe = re.sub(r"[/\\\0\n]", "_", varied).encode("utf-8", "surrogateescape")
+    if safe == varied.encode("utf-8", "surrogateescape") and len(safe) <= NAME_BYTES:
+        return varied or "job"
+    digest = hashlib.sha256(varied.encode("utf-8", "surrogateescape")).hexdigest()[:10]
+    return f"{safe[: NAME_BYTES - 11].decode('utf-8', 'ignore')}-{digest}"
+
+
+OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
 
 
 def register_schemas() -> None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import errno
 import logging
 import math
 import sys
@@ -20,6 +19,7 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 from vit_lightning.config import TrainerConfig
+from vit_lightning.guard import out_of_memory
 from vit_lightning.keys import InputError
 
 
@@ -106,9 +106,7 @@ def out_of_memory_hint(reduce: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        words = ("out of memory", "can't allocate memory", "DefaultCPUAllocator")  # of RuntimeErrors without a class
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError) or getattr(error, "errno", 0) == errno.ENOMEM
-        if not known and not (isinstance(error, RuntimeError) and any(word in str(error) for word in words)):
+        if not out_of_memory(error):
             raise
         raise InputError(f"out of memory; reduce {reduce}") from error
 

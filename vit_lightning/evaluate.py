@@ -8,12 +8,12 @@ Without data=, the images that the network was trained on are used. Reports and
 figures are in outputs/evaluate/<date>/<time>/.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("evaluate", "vit_lightning.analysis.evaluate:evaluate", __doc__)
+    run("vit_lightning.cli:run_command", "evaluate", "vit_lightning.analysis.evaluate:evaluate", __doc__)
 
 
 if __name__ == "__main__":

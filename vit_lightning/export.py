@@ -8,12 +8,12 @@ of both is measured. model.onnx (needs pip install -e ".[export]"), model.pt2 or
 model.safetensors is in outputs/export/<date>/<time>/.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("export", "vit_lightning.analysis.export:export", __doc__)
+    run("vit_lightning.cli:run_command", "export", "vit_lightning.analysis.export:export", __doc__)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from vit_lightning.guard import stdout_fails
 from vit_lightning.terminal import relative
 
 SUMMARY = "summary.json"  # the record of a finished run
@@ -42,6 +43,8 @@ class RunFiles:
 def cannot_write(error: OSError, path: Path) -> str:
     """Describe an error in writing a file, or else ``path``."""
     reason = error.strerror or error
+    if not error.filename and stdout_fails():
+        return f"standard output cannot be written ({reason})"
     return f"{error.filename or relative(path)} cannot be written ({reason}); free disk space or fix the permissions"
 
 

@@ -1,6 +1,7 @@
 """What the commands say: ``--help``, the table of keys, and the one line of a mistake, which names the key or file."""
 
 import difflib
+import errno
 import json
 import re
 import sys
@@ -19,40 +20,66 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from vit_lightning.guard import FULL, fault_of
 from vit_lightning.keys import InputError, default_of, sections
 from vit_lightning.schemas import CONF, SCHEMAS, SearchRun, options_of
 
-MISTAKES = (InputError, OmegaConfBaseException, OSError)  # end in one line instead of a traceback
 COLUMN = 26  # of the explanations in --help
 BARE_PATH = {"predict": "images", "evaluate": "checkpoint", "export": "checkpoint", "train": "data.root"}
-ALIASES = {  # what users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here
-    **dict.fromkeys(("depth", "num_layers", "num_hidden_layers", "n_layers", "n_layer"), "model.layers"),
-    **dict.fromkeys(("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead"), "model.heads"),
-    **dict.fromkeys(("hidden_size", "hidden_dim", "dim", "width", "d_model", "n_embd"), "model.embed_dim"),
-    **dict.fromkeys(("mlp_ratio", "intermediate_size", "dim_feedforward"), "model.mlp_dim"),
-    **dict.fromkeys(("img_size", "input_size", "resolution"), "model.image_size"),
-    **dict.fromkeys(("drop_rate", "dropout_rate", "hidden_dropout_prob"), "model.dropout"),
-    **dict.fromkeys(("drop_path_rate", "stochastic_depth"), "model.drop_path"),
-    **dict.fromkeys(("global_pool", "pooling"), "model.pool"),
-    **dict.fromkeys(("learning_rate", "base_lr"), "optim.lr"),
-    **dict.fromkeys(("wd", "decay"), "optim.weight_decay"),
-    **dict.fromkeys(("opt", "optimizer"), "optim.name"),
-    **dict.fromkeys(("scheduler", "lr_scheduler", "lr_scheduler_type", "sched"), "optim.schedule"),
-    **dict.fromkeys(("warmup_epochs", "warmup_steps", "warmup_ratio"), "optim.warmup"),
-    **dict.fromkeys(("smoothing", "label_smoothing_factor"), "optim.label_smoothing"),
-    **dict.fromkeys(("model_ema", "model_ema_decay", "ema_decay"), "optim.ema"),
-    **dict.fromkeys(("epochs", "num_epochs", "num_train_epochs", "n_epochs"), "trainer.max_epochs"),
-    **dict.fromkeys(("gpus", "num_gpus", "n_gpus"), "trainer.devices"),
-    **dict.fromkeys(("amp", "fp16", "bf16", "use_amp"), "trainer.precision"),
-    **dict.fromkeys(("clip_grad", "max_grad_norm", "gradient_clip", "grad_clip"), "trainer.gradient_clip_val"),
-    **dict.fromkeys(("bs", "train_batch_size", "per_device_train_batch_size"), "data.batch_size"),
-    **dict.fromkeys(("val_batch_size", "test_batch_size", "per_device_eval_batch_size"), "data.eval_batch_size"),
-    **dict.fromkeys(("num_workers", "dataloader_num_workers", "n_workers"), "data.workers"),
-    **dict.fromkeys(("data_dir", "data_path", "dataset_path", "train_dir"), "data.root"),
-    **dict.fromkeys(("dataset", "dataset_name"), "data.source"),
-    **dict.fromkeys(("ckpt_path", "resume_from_checkpoint", "resume_from", "resume_path"), "resume"),
-    **dict.fromkeys(("init_from", "initial_checkpoint", "weights", "pretrained", "model_path"), "checkpoint"),
-    **dict.fromkeys(("random_seed", "random_state", "manual_seed"), "seed"),
+# What users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here: the first of
+# several that the command has.
+ALIASES: dict[str, tuple[str, ...]] = {
+    name: tuple(meant)
+    for names, *meant in (
+        ("depth num_layers num_hidden_layers n_layers n_layer num_blocks", "model.layers"),
+        ("num_heads num_attention_heads n_heads n_head nhead", "model.heads"),
+        ("hidden_size hidden_dim dim width d_model n_embd", "model.embed_dim"),
+        ("mlp_ratio intermediate_size dim_feedforward", "model.mlp_dim"),
+        ("img_size input_size resolution", "model.image_size"),
+        ("patch", "model.patch_size"),
+        ("in_chans in_channels num_channels", "model.channels"),
+        ("nb_classes num_labels", "model.num_classes"),
+        ("drop drop_rate dropout_rate hidden_dropout_prob", "model.dropout"),
+        ("drop_path_rate stochastic_depth", "model.drop_path"),
+        ("global_pool pooling", "model.pool"),
+        ("learning_rate base_lr", "optim.lr"),
+        ("wd decay", "optim.weight_decay"),
+        ("opt optimizer", "optim.name"),
+        ("scheduler lr_scheduler lr_scheduler_type sched", "optim.schedule"),
+        ("warmup_epochs warmup_steps warmup_ratio", "optim.warmup"),
+        ("adam_betas opt_betas", "optim.betas"),
+        ("smoothing label_smoothing_factor", "optim.label_smoothing"),
+        ("model_ema model_ema_decay ema_decay", "optim.ema"),
+        ("layer_decay_rate llrd", "optim.layer_decay"),
+        ("mixup_alpha", "augment.mixup"),
+        ("cutmix_alpha", "augment.cutmix"),
+        ("reprob random_erasing", "augment.erase"),
+        ("aa auto_augment autoaugment randaugment rand_augment", "augment.policy"),
+        ("hflip random_flip", "augment.flip"),
+        ("epochs num_epochs num_train_epochs n_epochs epoch max_epoch", "trainer.max_epochs"),
+        ("gpus num_gpus n_gpus", "trainer.devices"),
+        ("gpu device", "accelerator", "trainer.accelerator"),
+        ("amp fp16 bf16 use_amp", "trainer.precision"),
+        ("clip_grad max_grad_norm gradient_clip grad_clip", "trainer.gradient_clip_val"),
+        ("gradient_accumulation_steps accum_iter grad_accum_steps", "trainer.accumulate_grad_batches"),
+        ("bs train_batch_size per_device_train_batch_size", "data.batch_size"),
+        ("val_batch_size test_batch_size per_device_eval_batch_size", "data.eval_batch_size"),
+        ("num_workers dataloader_num_workers n_workers", "data.workers"),
+        ("data_dir data_path dataset_path train_dir", "data.root"),
+        ("val_split val_size valid_size", "data.val_fraction"),
+        ("dataset dataset_name", "data"),
+        ("ckpt_path resume_from_checkpoint resume_from resume_path", "resume", "checkpoint"),
+        ("init_from initial_checkpoint weights pretrained model_path ckpt finetune", "checkpoint"),
+        ("image input image_path img", "images"),
+        ("top_k topk", "top"),
+        ("random_seed random_state manual_seed seed_everything", "seed"),
+        ("compile_model torch_compile torchcompile", "compile"),
+        ("output_dir out_dir log_dir save_dir output", "hydra.run.dir"),
+        ("n_trials num_trials", "search.trials"),
+        ("early_stopping early_stop", "callbacks=early_stopping"),
+        ("patience", "callbacks=early_stopping callbacks.early_stopping.patience"),
+    )
+    for name in names.split()
 }
 
 
@@ -79,8 +106,7 @@ TRAINERS_OWN = {
 def help_text(name: str, text: str) -> str:
     """The text of ``--help``: the command, its groups with their options, and every key of its schema."""
     lines = text.strip().splitlines()
-    defaults = yaml.safe_load((CONF / f"{name}.yaml").read_text())["defaults"]
-    groups = [next(iter(item)) for item in defaults if isinstance(item, dict) and "hydra" not in next(iter(item))]
+    groups = groups_of(name)
     if groups:
         lines += ["", "Groups (choose with group=option; a file each in conf/):", ""]
     for group in groups:
@@ -107,6 +133,11 @@ def key_table() -> str:
     return "\n".join(["| key and default | meaning | commands |", "|---|---|---|", *rows])
 
 
+def print_keys() -> None:
+    """Print the table of all keys."""
+    print(key_table())
+
+
 def _key_lines(declared: Any, prefix: str) -> list[str]:
     """Lines of ``--help`` for some keys."""
     return [line for field in declared for line in _wrapped(f"{prefix}{key_default(field)}", field.metadata["text"])]
@@ -128,24 +159,29 @@ def _wrapped(left: str, right: str) -> list[str]:
     return [f"{head:<{COLUMN}}{body[0]}", *(" " * COLUMN + line for line in body[1:])]
 
 
+def is_mistake(error: Exception) -> bool:
+    """Whether an error ends in one line instead of a traceback."""
+    return isinstance(error, InputError | OmegaConfBaseException) or fault_of(error) is not None
+
+
 def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str:
     """What went wrong, naming the key as it was typed or the file, and what to do.
 
     Args:
-        error: one of ``MISTAKES``, or of Hydra's own.
+        error: one that :func:`is_mistake`, or of Hydra's own.
         schema: of the command's configuration.
         run_dir: directory of the run; ``None`` if Hydra has not made it yet.
     """
     if isinstance(error, InputError):
         return f"error: {error}"
-    if isinstance(error, OSError) and not isinstance(error, MissingConfigException):  # which is an OSError too
-        if not error.filename:
-            return f"error: {error.strerror or error or type(error).__name__}"
+    fault = None if isinstance(error, MissingConfigException) else fault_of(error)  # which is an OSError too
+    if fault is not None and isinstance(error, OSError) and error.filename and error.errno != errno.EMFILE:
         file = Path(str(error.filename))
         if run_dir is None or file.is_relative_to(run_dir):
-            hint = "choose another hydra.run.dir, or in a sweep hydra.sweep.dir"
-            return f"error: {file} cannot be written ({error.strerror}); {hint}"
-        return f"error: {file} cannot be opened ({error.strerror}); fix its permissions or name another file"
+            hint = f"{'free disk space or ' * (error.errno in FULL)}choose another hydra.run.dir"
+            return f"error: {file} cannot be written ({error.strerror}); {hint}, or in a sweep hydra.sweep.dir"
+    if fault is not None:
+        return f"error: {fault}"
     for group, value in (argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument):
         if (CONF / group).is_dir() and value in ("", "null", "true", "false"):
             more = "; traceback=true shows where a mistake is found" if group == "debug" else ""
@@ -157,53 +193,89 @@ def _hydra_message(error: Exception, schema: type) -> str:
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     text = [line.strip() for line in str(cause).splitlines() if line.strip()]
     if isinstance(cause, MissingConfigException) and cause.options:
-        group, _, name = str(cause.missing_cfg_file).rpartition("/")
+        missing = str(cause.missing_cfg_file)
+        for group, _, name in (item.partition("=") for item in sys.argv[1:]):
+            if "/" in name and missing == f"{group}/{name}":
+                stem = Path(name).stem
+                return (
+                    f"{group}={name} is not known: an option is a file in conf/{group}/; move yours to "
+                    f"DIR/{group}/{stem}.yaml and write --config-dir DIR {group}={stem}"
+                )
+        group, _, name = missing.rpartition("/")
         options = [option for option in cause.options if option != "base_config"]
         return f"{group}={name} is not known; choose one of {', '.join(options)}"
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and cause.full_key:
-        return unknown_key(cause.full_key, schema)
+        typed = (argument.lstrip("+~").partition("=")[0] for argument in sys.argv[1:])
+        return unknown_key(next((key for key in typed if key.startswith(f"{cause.full_key}.")), cause.full_key), schema)
     if isinstance(cause, ValidationError):
         return f"{cause.full_key}={'null' if cause.value is None else cause.value}: {text[0]}"
     if isinstance(cause, InterpolationResolutionError):
         return f"{cause.full_key}: {text[0]}"
     if isinstance(cause, OverrideParseException):
-        name, equals, value = cause.override.partition("=")
-        hint = f"quote the value: {name}='\"{value}\"'" if equals else f"write {name}=value"
-        command = next(command for command, known in SCHEMAS.items() if known is schema)
-        if not equals and command in BARE_PATH and (Path(name).exists() or "/" in name):
-            hint = f"a path is written {BARE_PATH[command]}={name}"
-        return f"{cause.override} cannot be parsed as a setting; {hint}"
+        return f"{cause.override} cannot be parsed as a setting; {_parse_hint(cause.override, schema)}"
     noise = re.compile(r"https://|full_key|onfig search path:|provider=")
     return "; ".join(line for line in text if not noise.search(line))
 
 
+def _parse_hint(argument: str, schema: type) -> str:
+    """How an argument that is not a setting would be written as one."""
+    name, equals, value = argument.partition("=")
+    if equals:
+        return f"quote the value: {name}='\"{value}\"'"
+    command = next(command for command, known in SCHEMAS.items() if known is schema)
+    if "experiment" in groups_of(command) and name in options_of("experiment"):
+        return f"write experiment={name}"
+    looks_like_path = Path(name).exists() or "/" in name
+    if command in BARE_PATH and (looks_like_path or (command != "train" and name not in keys_of(schema))):
+        return f"a path is written {BARE_PATH[command]}={name}"
+    return f"write {name}=value"
+
+
 def unknown_key(name: str, schema: type) -> str:
-    known = {group: [field.name for field in fields(section)] for group, section in sections(schema).items()}
-    group, dot, _ = name.partition(".")
-    if group == "trainer" and name.removeprefix("trainer.") in TRAINERS_OWN:
-        return f"{name} is not a key: {TRAINERS_OWN[name.removeprefix('trainer.')]}"
+    """Say that a key is not known, and which one was probably meant."""
+    group, dot, rest = name.partition(".")
+    if group == "trainer" and rest.partition(".")[0] in TRAINERS_OWN:
+        return f"{name} is not a key: {TRAINERS_OWN[rest.partition('.')[0]]}"
     if group == "hydra":
         return f"{name} is not a key; --cfg hydra lists Hydra's own"
     if group == "space" and dot and schema is SearchRun:
         return f"{name} is not a key; write a space of your own into conf/space/ and choose it, as in space=recipe"
-    if not dot and (CONF / name).is_dir():
-        return f"{name} is a group; write {name}=option without +"
-    hint = hint_for(name, schema)
-    more = f" ({group}. has {', '.join(known[group])})" if group in known and dot else ""
-    return f"{name} is not a key{hint}{more}" if hint or more else f"{name} is not a key; --help lists the keys"
+    meant = keys_meant(name, schema)
+    if meant:
+        return f"{name} is not a key; did you mean {' or '.join(meant)}?"
+    if dot and group in sections(schema):
+        names = ", ".join(field.name for field in fields(sections(schema)[group]))
+        return f"{name} is not a key ({group}. has {names})"
+    return f"{name} is not a key; --help lists the keys"
 
 
-def hint_for(name: str, schema: type) -> str:
-    """The key that was probably meant, if there is one."""
+def groups_of(command: str) -> list[str]:
+    """The groups that a command chooses options from."""
+    defaults = yaml.safe_load((CONF / f"{command}.yaml").read_text(encoding="utf-8"))["defaults"]
+    return [next(iter(item)) for item in defaults if isinstance(item, dict) and "hydra" not in next(iter(item))]
+
+
+def keys_of(schema: type) -> list[str]:
+    """All keys of a command."""
     keys = [f"{group}.{field.name}" for group, part in sections(schema).items() for field in fields(part)]
-    keys += [field.name for field in fields(schema)] + ["experiment", "ablation", "sweep"]
+    return keys + [field.name for field in fields(schema) if field.name not in sections(schema)]
+
+
+def keys_meant(name: str, schema: type) -> list[str]:
+    """The keys that were probably meant by a name: one, two that end like it, or none."""
+    keys, parts = keys_of(schema), sections(schema)
+    command = next(command for command, known in SCHEMAS.items() if known is schema)
     group, _, rest = name.rpartition(".")
-    if ALIASES.get(rest) in keys:
-        return f"; did you mean {ALIASES[rest]}?"
-    near = [key for key in keys if key.endswith(f".{name}")][:1]
-    if not near and group in sections(schema):  # compared without the group, which makes any two of its keys similar
-        names = [key.removeprefix(f"{group}.") for key in keys if key.startswith(f"{group}.")]
-        near = [f"{group}.{match}" for match in difflib.get_close_matches(rest, names, n=1, cutoff=0.75)]
-    elif not near:
-        near = difflib.get_close_matches(name, keys, n=1, cutoff=0.75)
-    return f"; did you mean {near[0]}?" if near else ""
+    for key in ALIASES.get(rest, ()):
+        if key in keys or key.partition("=")[0].partition(".")[0] in {*groups_of(command), "hydra"}:
+            return [key]
+    ends = [key for key in keys if key.endswith(f".{rest}") or (group and key == rest)]
+    if ends:
+        return ends if len(ends) < 3 else []
+    # Compared without the group, which makes any two of its keys similar.
+    near = [key for key in keys if group not in parts or key.startswith(f"{group}.")]
+    names = [key.rpartition(".")[2] for key in near] + (groups_of(command) if not group else [])
+    matches = difflib.get_close_matches(rest, names, n=3, cutoff=0.8)
+    match = next((match for match in matches if abs(len(match) - len(rest)) < 2 or group), None)  # not train: trainer
+    close = [key for key in [*near, *groups_of(command)] if match and key.rpartition(".")[2] == match]
+    return close if len(close) < 3 else []

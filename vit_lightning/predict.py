@@ -8,12 +8,12 @@ The central square of a picture is used. predictions.json, predictions.csv and
 attention.png are in outputs/predict/<date>/<time>/.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("predict", "vit_lightning.analysis.predict:predict", __doc__)
+    run("vit_lightning.cli:run_command", "predict", "vit_lightning.analysis.predict:predict", __doc__)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ best trials, history.png, importances.png and the command of the best one.
 pip install -e ".[search]" installs what it needs.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("search", "vit_lightning.sweeps.search:search", __doc__)
+    run("vit_lightning.cli:run_command", "search", "vit_lightning.sweeps.search:search", __doc__)
 
 
 if __name__ == "__main__":

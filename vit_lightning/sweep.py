@@ -3,8 +3,7 @@
 import sys
 from pathlib import Path
 
-from vit_lightning.keys import InputError
-from vit_lightning.sweeps.table import show
+from vit_lightning.guard import run
 
 HELP = """\
 Summarise the runs of a sweep, finished or not.
@@ -20,12 +19,11 @@ def main() -> None:
     """Run the command."""
     match sys.argv[1:]:
         case ["--help"] | ["-h"]:
-            print(HELP)
+            run("builtins:print", HELP)
         case ["summary", argument] if argument.startswith("dir="):
-            try:
-                show(Path(argument.removeprefix("dir=")).expanduser())
-            except InputError as error:
-                sys.exit(f"error: {error}")
+            run("vit_lightning.sweeps.table:show", Path(argument.removeprefix("dir=")).expanduser())
+        case [*_, path] if path.startswith("dir=") or Path(path).is_dir():
+            sys.exit(f"error: write python -m vit_lightning.sweep summary dir={path.removeprefix('dir=')}")
         case _:
             sys.exit("error: the command is: python -m vit_lightning.sweep summary dir=DIRECTORY")
 

@@ -51,8 +51,10 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
             table.add_row(*row)
         else:
             table.add_section()
+    with console.capture() as text:  # a Console ends the process without a word if its pipe is closed
+        console.print(table)
     print(title)
-    console.print(table)
+    print(text.get(), end="")
 
 
 def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
@@ -69,7 +71,10 @@ def print_files(files: Iterable[Path]) -> None:
 
 def relative(path: Path) -> str:
     """The path as a person would type it from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except (ValueError, FileNotFoundError):  # elsewhere, or this directory was deleted
+        return str(path)
 
 
 @contextlib.contextmanager

@@ -11,12 +11,12 @@ with a table and a plot; started again with the same hydra.sweep.dir, a sweep
 runs only the jobs that have not finished.
 """
 
-from vit_lightning.cli import run_command
+from vit_lightning.guard import run
 
 
 def main() -> None:
     """Run the command."""
-    run_command("train", "vit_lightning.runs.fit:train", __doc__)
+    run("vit_lightning.cli:run_command", "train", "vit_lightning.runs.fit:train", __doc__)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.distributed.tensor import DTensor
 
 from vit_lightning.files import RunFiles, cannot_write, write_atomic, write_synced
+from vit_lightning.guard import DEFAULTS
 from vit_lightning.keys import InputError, MachineError
 from vit_lightning.recipe.weights import read_checkpoint
 from vit_lightning.runs.callbacks import EpochRecorder
@@ -138,8 +139,7 @@ class Saver(Checkpoint):
         self.digest = digest
         self._signal = 0  # the last signal received, 0 if none
         # The handlers of a launcher stay, and so do signals that a background process ignores.
-        default = (signal.SIG_DFL, signal.default_int_handler)
-        self._signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in default]
+        self._signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in DEFAULTS]
         if threading.current_thread() is not threading.main_thread():
             self._signals = []  # only the main thread can set handlers
 
