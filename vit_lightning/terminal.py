@@ -64,7 +64,7 @@ def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
 
 
 def print_files(files: Iterable[Path]) -> None:
-    """Print where files lie, one a line, as a person would type them from here."""
+    """Print the paths of files, one per line, as a person would type them from here."""
     for file in files:
         print(relative(file))
 

@@ -115,7 +115,7 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
 
 
 def in_memory(content: ImageSet) -> ImageArrays:
-    """A data set that is read anew each time."""
+    """A data set that is read again each time."""
     images = {part: channels_first(np.asarray(array)) for part, array in content.images.items()}
     labels = {part: np.asarray(content.labels[part]).astype(np.int64) for part in images}
     shapes = {array.shape[1:] for array in images.values()}

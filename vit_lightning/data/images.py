@@ -94,7 +94,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
 def to_array(file: Image.Image, side: int, channels: int = 3) -> np.ndarray:
     """Convert a picture as :func:`decode_image` does."""
     file.load()  # tags may come last
-    # Pillow's exif_transpose would write all tags anew, and fails on odd ones.
+    # Pillow's exif_transpose would write all tags again, and fails on odd ones.
     turn = UPRIGHT.get(file.getexif().get(ORIENTATION, 1))
     image = file if turn is None else file.transpose(turn)
     if image.mode.startswith("I;16"):

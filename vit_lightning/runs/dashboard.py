@@ -44,7 +44,7 @@ class Dashboard(Callback):
         config: of the run; ``config.dashboard`` switches each part.
         data: set up.
         text: what else is shown as text, by title.
-        patches: picture of an image beside its patches.
+        patches: picture of an image next to its patches.
     """
 
     def __init__(self, config: Config, data: ImageData, text: dict[str, str], patches: Figure) -> None:
