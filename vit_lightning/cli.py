@@ -22,7 +22,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ChoiceSweep, Override, RangeSweep
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import OverrideParseException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
@@ -233,6 +233,11 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
     for setting in settings:
         check_setting(setting, schema, chosen)
         name, value = setting.key_or_group, setting.value()
+        if isinstance(value, IntervalSweep) and "hydra/sweeper" not in " ".join(arguments):
+            raise InputError(
+                f"{setting.input_line}: a sweep needs values, as in {name}=1,2; python -m vit_lightning.search takes an "
+                "interval as space"
+            )
         if isinstance(value, ChoiceSweep | RangeSweep):
             values = list(setting.sweep_string_iterator())
             twice = [item for number, item in enumerate(values) if item in values[:number]]

@@ -184,6 +184,8 @@ def test_gradients_are_clipped_by_value(fit):
     ("arguments", "message"),
     [
         (["trainer.val_check_interval=0.5"], "for shorter epochs use trainer.limit_train_batches=0.25"),
+        (["-m", "optim.lr=interval(0.1,1)"], "a sweep needs values, as in optim.lr=1,2; python -m "),
+        (["-m", "hydra/sweeper=optuna"], "hydra/sweeper=optuna is not known; choose one of basic"),
         (["trainer.num_nodes=2"], "trainer.num_nodes is not a key: use torchrun --nnodes"),
         (["trainer.logger=false"], "use the group logger, as in logger=csv"),
         (["logger=null"], "logger=null is not an option; choose one of csv, mlflow, none, tensorboard, wandb"),

@@ -133,10 +133,8 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
     if ours["callbacks"] != theirs["callbacks"]:  # what a run's file names is never built
-        names = ",".join(saved.callbacks)
-        raise InputError(
-            f"resume={config.resume} was trained with callbacks=[{names}]; set them, with the same settings"
-        )
+        names = f"callbacks=[{','.join(saved.callbacks)}]"
+        raise InputError(f"resume={config.resume} was trained with {names}; set them, with the same settings")
     for key, amount in (
         ("trainer.max_epochs", int),
         ("trainer.max_steps", lambda limit: limit or math.inf),
@@ -184,14 +182,9 @@ def seconds(time: str | None) -> float:
 def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
     """The keys that a command line sets, by name or with a file of a group.
 
-    A file of a group sets the keys of that group; of those that may change, a file of ``data`` only those that differ
-    from their default, so that the run keeps its own directories. A file of ``trainer`` sets those that may change and
-    those that differ from their default, and a file of another group (``experiment``) whatever differs from its
-    default. The same holds for a caller from Python.
-
-    Args:
-        ours: the values of all keys that result.
-        invocation: the command line.
+    A file of a group sets the keys of that group; of those that may change, ``data`` only those that differ from their
+    default, so that the run keeps its directories. ``trainer`` sets those that may change and those that differ from
+    their default, another group (``experiment``) or a caller from Python whatever differs from its default.
     """
     default = settings_of(Config())
     changed = {key for key in ours if ours[key] != default[key]}
