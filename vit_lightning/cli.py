@@ -235,8 +235,8 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
         name, value = setting.key_or_group, setting.value()
         if isinstance(value, IntervalSweep) and "hydra/sweeper" not in " ".join(arguments):
             raise InputError(
-                f"{setting.input_line}: a sweep needs values, as in {name}=1,2; python -m vit_lightning.search takes an "
-                "interval as space"
+                f"{setting.input_line}: a sweep needs values, as in {name}=1,2; python -m vit_lightning.search takes "
+                "an interval as space"
             )
         if isinstance(value, ChoiceSweep | RangeSweep):
             values = list(setting.sweep_string_iterator())
