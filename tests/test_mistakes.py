@@ -155,7 +155,7 @@ RUNS = [
     ("evaluate", "checkpoint={folders}/no_json.safetensors", "no_json.safetensors contains no classifier"),
     ("evaluate", "checkpoint={folders}/photo.png", "photo.png is not a checkpoint"),
     ("evaluate", "checkpoint={run} data=image_folder data.root={folders}/good", "has a class a that the checkpoint"),
-    ("predict", "checkpoint={run} images=nowhere.png", "no picture was read; images= takes files, directories"),
+    ("predict", "checkpoint={run} images=nowhere.png", "images=nowhere.png does not exist; name pictures"),
     ("predict", "checkpoint={run} images={folders}/empty", "no picture was read; images= takes files, directories"),
     ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read; images= takes files"),
     ("export", "checkpoint=nowhere", "checkpoint=nowhere does not exist"),

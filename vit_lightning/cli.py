@@ -5,6 +5,7 @@ A mistake ends in one line on standard error and exit code 1, before torch is im
 
 import contextlib
 import errno
+import glob
 import hashlib
 import inspect
 import logging
@@ -30,7 +31,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vit_lightning import guard, register
 from vit_lightning.config import Config
-from vit_lightning.files import ERROR, SUMMARY, remove_empty, write_atomic
+from vit_lightning.files import ERROR, SUMMARY, RunFiles, remove_empty, write_atomic
 from vit_lightning.keys import InputError, Invocation, as_list, sections
 from vit_lightning.messages import help_text, is_mistake, keys_meant, keys_of, one_line, unknown_key
 from vit_lightning.schemas import CONF, SCHEMAS, options_of
@@ -94,8 +95,10 @@ def run_command(name: str, task: str, text: str | None) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions instead of printing its own report
     try:
-        first = next((i for i, item in enumerate(typed) if "=" in item and not item.startswith("-")), len(typed))
-        sys.argv[1:] = [*typed[:first], *check_overrides(typed, schema), *typed[first:]]
+        flags = [item for item in typed if item in ("-m", "--multirun")]  # argparse takes none between two settings
+        rest = [item for item in typed if item not in flags]
+        first = next((i for i, item in enumerate(rest) if "=" in item and not item.startswith("-")), len(rest))
+        sys.argv[1:] = [*flags, *rest[:first], *check_overrides(typed, schema), *rest[first:]]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
     except Exception as error:
         if "traceback=true" in typed or (started and not is_mistake(error)):
@@ -137,7 +140,8 @@ def report_failure(settings: Any, run_dir: Path, message: str) -> None:
     """Print why a job of a sweep failed, and write it into the job's directory."""
     print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
     with contextlib.suppress(OSError):  # a directory that cannot be written
-        write_atomic(run_dir / ERROR, f"{' '.join(settings.overrides.task)}\n{message}\n")
+        text = f"{' '.join(settings.overrides.task)}\n{message}\n"
+        write_atomic(run_dir / ERROR, text.encode("utf-8", "backslashreplace"))
 
 
 def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
@@ -203,9 +207,9 @@ class SweepEnd(Callback):
                 guard.load("vit_lightning.sweeps.table:show")(directory)
             except InputError as error:  # the jobs have their results; only their table is missing
                 print(f"error: {error}", file=sys.stderr)
-        failed = [
-            f"  {relative(path.parent)}: {path.read_text().splitlines()[-1]}" for path in sorted(directory.rglob(ERROR))
-        ]
+        failed = []
+        for path in sorted(directory.rglob(ERROR)):
+            failed.append(f"  {relative(path.parent)}: {path.read_text(encoding='utf-8').splitlines()[-1]}")
         if failed:
             sys.exit("\n".join([f"error: {len(failed)} of the sweep's jobs failed:", *failed]))
 
@@ -334,8 +338,17 @@ def check_paths(config: Any) -> None:
         if path not in (None, "pretrained") and not Path(path).expanduser().exists():
             more = ", a .ckpt or .safetensors file, or pretrained" if name == "checkpoint" else ""
             raise InputError(f"{name}={path} does not exist; name a run's directory{more}")
+    if resume is not None and not RunFiles(Path(resume).expanduser()).config.exists():
+        raise InputError(f"resume={resume} is not the directory of a run, such as outputs/…")
+    images = [Path(name).expanduser() for name in getattr(config, "images", ())]
+    if images and not any(path.exists() or glob.glob(str(path), recursive=True) for path in images):  # noqa: PTH207
+        raise InputError(f"images={','.join(map(str, images))} does not exist; name pictures, directories or globs")
     data = getattr(config, "data", None)
     if data is None or data.source != "image_folder" or resume is not None:
         return
-    if not Path(data.root).expanduser().is_dir():
-        raise InputError(f"data.root={data.root} is not a directory; it needs train/<class>/* and test/<class>/*")
+    root = Path(data.root).expanduser()
+    if not root.is_dir() and not (root.is_file() and root.suffix.lower() == ".csv"):
+        raise InputError(
+            f"data.root={data.root} is not a directory; it needs train/<class>/* and test/<class>/*, or <class>/* "
+            "alone; or name a CSV file"
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import os
 from collections.abc import Iterable
@@ -45,7 +46,8 @@ def cannot_write(error: OSError, path: Path) -> str:
     reason = error.strerror or error
     if not error.filename and stdout_fails():
         return f"standard output cannot be written ({reason})"
-    return f"{error.filename or relative(path)} cannot be written ({reason}); free disk space or fix the permissions"
+    hint = "raise ulimit -n" if error.errno == errno.EMFILE else "free disk space or fix the permissions"
+    return f"{error.filename or relative(path)} cannot be written ({reason}); {hint}"
 
 
 def write_synced(path: Path, content: bytes | memoryview) -> None:

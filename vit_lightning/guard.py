@@ -86,7 +86,9 @@ def run(task: str, *arguments: Any) -> None:
                 raise
             sys.exit(f"error: {line}")
         finally:
-            if stdout_fails():  # nor could Python write at its end what is left
+            try:
+                sys.stdout.flush()
+            except OSError:  # Python would try to write the rest once more when it ends
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -110,9 +112,9 @@ def check_directory() -> None:
 
 
 def stdout_fails() -> bool:
-    """Whether standard output takes nothing more: its reader has ended, or its disk is full."""
+    """Whether standard output takes no empty line more: its reader has ended, or its disk is full."""
     try:
-        sys.stdout.flush()  # tries again to write what it could not
+        print(flush=True)
     except OSError:
         return True
     return False

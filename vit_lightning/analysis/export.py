@@ -70,7 +70,7 @@ def export_weights(config: ExportConfig, classifier: ViTClassifier, run_dir: Pat
     if config.data is not None:
         classifier.hparams["data"] = asdict(config.data)
     summary = RunFiles(Path(config.checkpoint).expanduser()).summary
-    record = json.loads(summary.read_text()) if summary.exists() else {}
+    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     path = run_dir / "model.safetensors"
     publish(classifier, record, config.licence, path)
     images = photographs(classifier.net.channels)

@@ -166,7 +166,7 @@ def read_cache(cache: Path, fingerprint: str, image_size: int, skip_unreadable: 
     Those that lack unreadable images are of other content, unless these are to be skipped.
     """
     try:
-        meta = json.loads((cache / "meta.json").read_text())
+        meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
         if meta["fingerprint"] != fingerprint or meta["image_size"] not in (None, image_size):
             return None
         if meta.get("skipped") and not skip_unreadable:
@@ -178,7 +178,7 @@ def read_cache(cache: Path, fingerprint: str, image_size: int, skip_unreadable: 
 
 def open_cache(cache: Path) -> ImageArrays:
     """Memory-map the arrays at ``cache``, whatever their content."""
-    meta = json.loads((cache / "meta.json").read_text())
+    meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
     parts = list(meta["digest"])
     # Copy on write ("c"): torch needs writable memory, and nothing may reach the file.
     images = {part: np.load(cache / f"{part}_images.npy", mmap_mode="c") for part in parts}
@@ -190,7 +190,7 @@ def open_cache(cache: Path) -> ImageArrays:
         mean=meta["mean"],
         std=meta["std"],
         digest=meta["digest"],
-        paths=json.loads((cache / "paths.json").read_text()),
+        paths=json.loads((cache / "paths.json").read_text(encoding="utf-8")),
     )
 
 

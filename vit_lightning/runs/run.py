@@ -302,7 +302,7 @@ def read_config(files: RunFiles) -> Config:
     """
     path = relative(files.config)
     try:
-        saved = yaml.safe_load(files.config.read_text())
+        saved = yaml.safe_load(files.config.read_text(encoding="utf-8"))
         saved.pop("debug", None)  # what traceback was called in earlier versions
         known = flatten(asdict(Config())).keys() | sections(Config).keys()
         unknown = sorted(key for key in flatten(saved).keys() - known if not key.startswith(("callbacks.", "logger.")))
@@ -326,7 +326,7 @@ def read_summary(files: RunFiles) -> dict[str, Any]:
         InputError: if it is damaged.
     """
     try:
-        summary = json.loads(files.summary.read_text())
+        summary = json.loads(files.summary.read_text(encoding="utf-8"))
         acc = summary["metrics"].get("val/acc", math.nan)  # a run may leave out validation
         return {"metrics": {"val/acc": float(acc)}, "epochs": int(summary["epochs"])}
     except (ValueError, LookupError, TypeError, AttributeError) as error:

@@ -86,7 +86,11 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
 
     if len(study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))) < config.search.trials:
         enough = optuna.study.MaxTrialsCallback(config.search.trials, states=(COMPLETE, PRUNED))
-        study.optimize(objective, timeout=config.search.timeout, callbacks=[enough])
+        try:
+            study.optimize(objective, timeout=config.search.timeout, callbacks=[enough])
+        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+            [reason, *_] = str(error.__cause__ or error).splitlines()
+            raise MachineError(f"the study in {run_dir} cannot be written ({reason}); free disk space") from error
     if not study.get_trials(deepcopy=False, states=(COMPLETE,)):
         raise InputError("search: no trial finished; increase search.timeout or change the space")
     show(study, base, run_dir)

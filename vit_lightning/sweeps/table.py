@@ -19,7 +19,7 @@ COLUMNS = ("runs", "val/acc", "val/acc ±", "accuracies", "val/acc5", "samples",
 def read_run(path: Path) -> dict[str, Any] | None:
     """What the table shows of a run's ``summary.json``; ``None``, with a warning, if the file is not one."""
     try:
-        run = json.loads(path.read_text())
+        run = json.loads(path.read_text(encoding="utf-8"))
         return {
             "overrides": [str(item) for item in run["overrides"]],
             "val/acc": float(run["metrics"]["val/acc"]),
@@ -89,7 +89,7 @@ def show(directory: Path) -> None:
     header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
     print_table("validation, mean over the runs that differ only in seed or fold", header, cells)
     try:
-        with (directory / "summary.csv").open("w", newline="") as file:
+        with (directory / "summary.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             writer = csv.DictWriter(file, ("setting", *COLUMNS))
             writer.writeheader()
             writer.writerows(rows)
