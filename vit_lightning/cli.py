@@ -272,7 +272,7 @@ def check_setting(setting: Override, schema: type, chosen: set[str]) -> None:
     if re.search(r"(^|[^\w/-])_target_\s*[:=]", line) and not name.startswith(("callbacks", "logger")):
         # Hydra would call whatever it names.
         raise InputError(f"{line}: _target_ can only be set in callbacks and logger; remove it")
-    if setting.is_delete() and name in keys_of(schema):
+    if setting.is_delete() and name in keys_of(schema) and not (CONF / name).is_dir():  # a group can be left out
         raise InputError(f"{line}: a key cannot be removed; set it, as in {name}=value")
     absent = {each.name for each in fields(schema) if each.name in parts and each.default is None} - chosen
     if dot and group in absent:

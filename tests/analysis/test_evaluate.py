@@ -90,7 +90,7 @@ def test_a_folder_with_the_same_classes_works_whatever_their_number_and_size(tmp
         (["checkpoint=nowhere"], "checkpoint=nowhere does not exist; name a run's directory"),
         (["checkpoint=''"], "checkpoint= is empty; set it to pretrained, a run's directory or a file"),
         (["checkpoint=run", "split=all"], "split=all is not known; choose one of train, val, test"),
-        (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean split?"),
+        (["checkpoint=run", "splitt=val"], "splitt is not a key; did you mean data.split or split?"),
         (["checkpoint=run", "data=image_folder", "data.root=other"], "has a class cat that the checkpoint lacks"),
         (
             ["checkpoint=run", "data=image_folder", "data.root=same"],
