@@ -1,23 +1,29 @@
 """The figures: what their files show."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
+from fontTools.fontBuilder import FontBuilder
+from fontTools.pens.ttGlyphPen import TTGlyphPen
+from matplotlib import font_manager
 from PIL import Image
 
 from vit_lightning.analysis.figures import (
     draw_attention,
-    draw_benchmark,
     draw_confusion,
     draw_curves,
     draw_images,
     draw_patches,
+    draw_per_class,
     draw_position_similarity,
     draw_reliability,
-    draw_sweep,
+    name_run,
     shorten,
 )
+from vit_lightning.benchmarks.benchmark import draw_benchmark
+from vit_lightning.sweeps.table import draw_sweep
 
 
 def rows(epochs: int, every: int = 1) -> list[dict[str, float]]:
@@ -103,14 +109,26 @@ def test_attention_is_drawn_smoothly_where_it_is_high(tmp_path):
     assert len(figure.axes) == 2  # the map and its colour scale
 
 
+def test_attention_is_drawn_over_pictures_of_any_size():
+    pictures = [np.zeros((32, 32, 1)), np.zeros((256, 256, 3))]
+    figure = draw_attention(pictures, np.ones((2, 1, 4, 4)), ["rollout"], ["a", "b"])
+    shown = figure.axes[0].images
+    assert [image.get_array().shape[0] for image in shown] == [32, 32, 4, 256, 256, 4]
+    assert {image.get_interpolation() for image in shown} == {"bicubic"}
+    assert "need not be what decides" in figure.get_supxlabel().replace("\n", " ")
+    figure.canvas.draw()
+    boxes = [image.get_window_extent() for image in shown]
+    assert all(box.width == pytest.approx(box.height, abs=1) for box in boxes)  # not stretched
+
+
 def test_bars_of_few_images_are_faded():
-    counts = np.array([3, 40, 0])
+    counts = np.array([3, 400, 0])
     figure = draw_reliability(counts, np.array([0.5, 0.4, 0.0]), "Reliability")
     faded = {round(bar.get_x(), 2): bar.get_alpha() for bar in figure.axes[0].patches}
     assert faded[0.0] < 0.5
     assert faded[0.33] == 1
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert "accuracy, fewer than 10 images" in labels
+    assert "accuracy, fewer than 1% of the images" in labels
 
 
 def test_every_figure_has_a_title():
@@ -126,12 +144,83 @@ def test_every_figure_has_a_title():
     }
     for title, figure in figures.items():
         assert figure.get_suptitle().startswith(title)
-    legend = [text.get_text() for text in figures["Loss"].axes[0].get_legend().get_texts()]
-    assert legend == ["training (augmented)", "validation"]
 
 
-def test_long_text_is_shortened_to_one_printable_line():
+def test_the_curves_say_what_raises_the_training_loss():
+    figure = draw_curves(rows(2), training="training (mixed images)")
+    [legend] = figure.legends
+    labels = [text.get_text() for text in legend.get_texts()]
+    assert labels == ["training (mixed images)", "training, top-5", "validation", "validation, top-5"]
+
+
+@pytest.mark.parametrize("width", [4, 8, 16])
+def test_titles_are_readable_and_whole_in_a_thumbnail(width):
+    """At 300 pixels of width, letters are at least 6 pixels high, and the title does not leave the figure."""
+    classes = {4: 2, 8: 16, 16: 90}[width]
+    figure = draw_confusion(np.eye(classes), ["a"] * classes, "Confusion matrix, 10,000 validation images")
+    name_run(figure, "experiment=fast model.layers=12 optim.lr=0.0003 (outputs/2026-11-27/13-05-22)")
+    figure.canvas.draw()
+    title = figure.texts[0]
+    assert len(title.get_text().split("\n")) == 2
+    assert title.get_fontsize() / 72 * 300 / figure.get_figwidth() >= 6
+    box, whole = title.get_window_extent(), figure.bbox
+    assert box.x0 >= whole.x0
+    assert box.x1 <= whole.x1
+
+
+def test_of_many_classes_the_best_and_the_worst_are_drawn():
+    accuracies = np.linspace(0, 1, 100)
+    figure = draw_per_class([f"class {index}" for index in range(100)], accuracies)
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == [f"class {index}" for index in (*range(99, 84, -1), *range(14, -1, -1))]
+    assert "15 of 100" in figure.get_suptitle().replace("\n", " ")
+    assert len(draw_per_class([str(index) for index in range(30)], np.ones(30)).axes[0].patches) == 30
+
+
+def test_long_text_is_shortened_in_the_middle_to_one_printable_line():
     assert shorten("a\tb\n c") == "a b c"
-    assert shorten("x" * 31) == "x" * 29 + "…"
+    assert shorten("x" * 20 + "y" * 20) == "x" * 15 + "…" + "y" * 14
     assert shorten("x" * 30) == "x" * 30
     assert shorten("\udcff") == "\ufffd"
+    assert shorten("猫" * 30) == "猫" * 7 + "…" + "猫" * 7  # each is as wide as two letters
+
+
+SCRIPTS = ["猫咪", "قطة", "кошка", "बिल्ली", "🐈 cat", "$0_$50", "x" * 80, "\\frac{"]
+
+
+def test_names_in_any_script_leave_the_figure_as_it_is(tmp_path):
+    figure = name_run(draw_confusion(np.eye(8), SCRIPTS), "猫 $x$")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure.savefig(tmp_path / "figure.png")
+    box = figure.axes[0].get_position()
+    assert min(box.width, box.height) > 0.3
+    plain = draw_confusion(np.eye(8), ["a"] * 8)
+    plain.canvas.draw()
+    size = [figure.axes[0].get_window_extent().width for figure in (figure, plain)]
+    assert size[0] == pytest.approx(size[1], rel=0.2)
+
+
+def test_a_script_is_drawn_in_an_installed_font_that_has_it(tmp_path, monkeypatch):
+    """A font of a black square in place of a letter that the default font lacks."""
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for point in ((0, 1000), (1000, 1000), (1000, 0)):
+        pen.lineTo(point)
+    pen.closePath()
+    font = FontBuilder(1000, isTTF=True)
+    font.setupGlyphOrder([".notdef", "square"])
+    font.setupCharacterMap({ord("ぬ"): "square"})
+    font.setupGlyf({".notdef": TTGlyphPen(None).glyph(), "square": pen.glyph()})
+    font.setupHorizontalMetrics({".notdef": (1000, 0), "square": (1000, 0)})
+    font.setupHorizontalHeader(ascent=1000, descent=0)
+    font.setupNameTable({"familyName": "Square", "styleName": "Regular"})
+    font.setupOS2()
+    font.setupPost()
+    font.save(tmp_path / "square.ttf")
+    default = [entry for entry in font_manager.fontManager.ttflist if entry.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", default)
+    font_manager.fontManager.addfont(tmp_path / "square.ttf")
+    draw_images(np.ones((1, 8, 8, 1)), ["ぬぬぬ"]).savefig(tmp_path / "figure.png")
+    pixels = np.asarray(Image.open(tmp_path / "figure.png").convert("L"))
+    assert (pixels < 8).sum() > 500  # three squares of 9 points

@@ -183,8 +183,10 @@ def test_class_names_are_drawn_as_text(tmp_path, folder_config):
         figure = predictions.draw(name)
         figure.savefig(tmp_path / "figure.png")  # any warning fails the test
         assert all(axes.get_position().width > 0.2 for axes in figure.axes[:1])
-    for tick in predictions.draw("confusion").axes[0].get_xticklabels():
+    figure = predictions.draw("confusion")
+    figure.savefig(tmp_path / "figure.png")
+    for tick in figure.axes[0].get_xticklabels():
         shown, is_math = tick._preprocess_math(tick.get_text())
         assert not is_math
         assert len(shown) <= 30
-        assert shown in ["x" * 29 + "…", "a b", "\ufffd\ufffd"] or shown in NASTY
+        assert shown in ["x" * 15 + "…" + "x" * 14, "a b", "\ufffd\ufffd"] or shown in NASTY

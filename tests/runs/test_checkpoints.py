@@ -190,7 +190,7 @@ def rows_of(run: Path) -> list[dict[str, str]]:
 def curves_of(run: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("speed/", "best/seconds"))]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("speed/", "summary/seconds"))]
     return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in tags}
 
 

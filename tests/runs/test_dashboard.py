@@ -15,7 +15,10 @@ from conftest import TRAINER, command, composed
 from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter, summary
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+from torch.utils.tensorboard import SummaryWriter
 
 from vit_lightning.data.module import ImageData
 from vit_lightning.recipe.weights import load_classifier
@@ -45,9 +48,24 @@ def test_a_run_leaves_pictures_and_text(digits_run):
 
 def test_scalars_come_in_groups(digits_run):
     tags = set(events(digits_run).Tags()["scalars"])
-    curves = {f"{stage}/{key}" for stage in ("train", "val") for key in ("loss", "acc", "acc5")}
+    curves = {f"{chart}_{stage}" for stage in ("train", "val") for chart in ("accuracy/top1", "accuracy/top5")}
+    curves |= {"loss/train", "loss/val", "loss/train_step"}
     assert curves | {"speed/images_per_second", "speed/memory_gb", "optim/gradient_norm", "optim/lr"} <= tags
-    assert {tag.split("/")[0] for tag in tags} == {"train", "val", "test", "best", "optim", "speed", "epoch"}
+    groups = sorted({tag.split("/")[0] for tag in tags})  # in TensorBoard's order: the first two are open
+    assert groups == ["accuracy", "loss", "optim", "speed", "summary"]
+
+
+def test_the_table_names_a_run_by_its_settings_and_directory(digits_run):
+    [start] = [
+        HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
+        for event in EventFileLoader(str(next(digits_run.glob("events.*")))).Load()
+        for value in event.summary.value
+        if value.tag == "_hparams_/session_start_info"
+    ]
+    assert start.group_name.startswith("experiment=quickstart ")
+    assert start.group_name.endswith(f"({digits_run.name})")
+    assert {"model.layers", "optim.lr", "data.source", "seed"} <= set(start.hparams)
+    assert not {"data.root", "data.cache_dir", "data.workers", "trainer.enable_progress_bar"} & set(start.hparams)
 
 
 def test_curves_alone_if_asked(digits_run):
@@ -56,7 +74,7 @@ def test_curves_alone_if_asked(digits_run):
     assert command("train", "experiment=quickstart", "dashboard=curves", *small, cwd=start).returncode == 0
     tags = events(start / "plain").Tags()
     assert tags["images"] == []
-    assert "val/acc" in tags["scalars"]
+    assert "accuracy/top1_val" in tags["scalars"]
     assert not [tag for tag in tags["tensors"] if tag.endswith("/text_summary")]
 
 
@@ -67,7 +85,7 @@ def test_each_picture_can_be_left_out(picture, digits_run, tmp_path, monkeypatch
     data = ImageData(config.data, config.model.image_size)
     data.setup()
     classifier = load_classifier(str(digits_run)).train()
-    dashboard = Dashboard(config, data, {}, Figure())
+    dashboard = Dashboard(config, data, "", {}, Figure())
     trainer = L.Trainer(**{**TRAINER, "logger": TensorBoardLogger(tmp_path, name="", version="")})
     shown = []
     monkeypatch.setattr("vit_lightning.runs.dashboard.show", lambda writer, name, figure, step: shown.append(name))
@@ -90,7 +108,7 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
     logger = TensorBoardLogger(tmp_path, name="", version="")
     trainer = L.Trainer(**{**TRAINER, "logger": logger})
     record = json.loads((digits_run / "summary.json").read_text())
-    dashboard = Dashboard(config, data, {}, Figure())
+    dashboard = Dashboard(config, data, "", {}, Figure())
     dashboard.log_best(trainer, record)
     dashboard.show_best(load_classifier(str(digits_run)), trainer, record)
     assert capsys.readouterr().err.splitlines() == [
@@ -99,7 +117,7 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
     ]
     logger.experiment.flush()
     shown = events(tmp_path)
-    assert "best/acc" in shown.Tags()["scalars"]
+    assert "summary/acc" in shown.Tags()["scalars"]
     drawn = {tag.removeprefix("pictures/") for tag in shown.Tags()["images"]}
     assert drawn == PICTURES - {"batch", "patches", "attention", "per_class"}
 
@@ -107,7 +125,7 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
 def test_mixed_images_are_titled_with_their_shares(digits_config):
     data = ImageData(digits_config, 8)
     data.setup()
-    dashboard = Dashboard(composed("data=digits"), data, {}, Figure())
+    dashboard = Dashboard(composed("data=digits"), data, "", {}, Figure())
     assert dashboard._title(torch.tensor(7)) == "7"
     mixed = torch.zeros(10)
     mixed[3], mixed[8] = 0.25, 0.75
@@ -122,9 +140,8 @@ def server(digits_run, tmp_path_factory):
     shutil.copytree(digits_run, outputs / "digits")
     config = composed("experiment=quickstart", "optim.lr=0.0625")
     with SummaryWriter(outputs / "other") as writer:
-        _, start, _ = summary.hparams(hyper_parameters(config), {})
-        writer._get_file_writer().add_summary(start)
-        writer.add_scalar("best/acc", 0.0078125, 1)
+        writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(config), trial_id="optim.lr=0.0625"))
+        writer.add_scalar("summary/acc", 0.0078125, 1)
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(outputs), "--port", "0", "--host", "127.0.0.1"],
         stderr=subprocess.PIPE,
@@ -166,10 +183,11 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
 
         show("timeseries")
         tags = page.get_by_role("combobox", name="Filter tags (regex)")
-        for tag in ("train/loss", "val/acc", "val/acc5", "optim/gradient_norm", "optim/lr", "speed/images_per_second"):
+        curves = ("loss/train", "accuracy/top1_val", "accuracy/top5_val")
+        for tag in (*curves, "optim/gradient_norm", "optim/lr", "speed/images_per_second"):
             tags.fill(f"^{tag}$")
             expect(page.locator("scalar-card:visible").filter(has_text=f"/{tag.split('/')[1]}")).to_have_count(1)
-        tags.fill("^(train|val)/acc")
+        tags.fill("^accuracy/")
         expect(page.locator("scalar-card:visible")).to_have_count(4)
         tags.press("Escape")  # its suggestions
         page.screenshot(path=screenshots / "scalars.png")
@@ -181,7 +199,8 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
         page.screenshot(path=screenshots / "custom_scalars.png")
 
         show("hparams")
-        for column in ("optim.lr", "best/acc", "best/acc5", "best/parameters", "best/seconds", "best/test_acc"):
+        results = (f"summary/{name}" for name in ("acc", "acc5", "parameters", "seconds", "test_acc"))
+        for column in ("optim.lr", *results):
             expect(page.locator("vaadin-grid").get_by_text(column, exact=True).first).to_be_attached()
         expect(page.get_by_text("hp_metric")).to_have_count(0)
         for value in ("0.0625", "0.0030000", "0.0078125"):  # the rates of both runs, and the other one's accuracy

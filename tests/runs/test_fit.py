@@ -156,16 +156,18 @@ def test_tensorboard_shows_the_run(digits):
     events = EventAccumulator(str(run))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    expected = {f"{split}/{name}" for split in ("train", "val", "test") for name in ("loss", "acc", "acc5")}
-    assert expected | {"optim/lr", "train/loss_step"} <= tags
-    assert "hp_metric" not in tags
+    curves = ("loss/", "accuracy/top1_", "accuracy/top5_")
+    expected = {f"{curve}{split}" for split in ("train", "val") for curve in curves}
+    expected |= {f"summary/test_{name}" for name in ("loss", "acc", "acc5")}
+    assert expected | {"optim/lr", "loss/train_step"} <= tags
+    assert not {"hp_metric", "epoch"} & tags
     for tag in tags:  # TensorBoard drops what lies before a point of an earlier step
         steps = [event.step for event in events.Scalars(tag)]
         assert steps == sorted(steps), tag
-    assert len(events.Scalars("val/acc")) == 3
-    assert events.Scalars("best/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
+    assert len(events.Scalars("accuracy/top1_val")) == 3
+    assert events.Scalars("summary/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
     assert yaml.safe_load((run / "hparams.yaml").read_text())["model.layers"] == 2
-    assert events.Scalars("test/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
+    assert events.Scalars("summary/test_acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
 
 
 def test_last_is_the_last_epochs_checkpoint_and_best_the_bests(digits):

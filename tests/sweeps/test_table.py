@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from conftest import FEW, command
 
-from vit_lightning.analysis.figures import draw_sweep
 from vit_lightning.keys import InputError
-from vit_lightning.sweeps.table import COLUMNS, summarise
+from vit_lightning.sweeps.table import COLUMNS, draw_sweep, summarise
 
 
 def write_run(folder: Path, overrides: list[str], acc: float, **changes) -> None:
@@ -89,7 +88,7 @@ def test_a_table_that_cannot_be_written_is_one_line(tmp_path):
     assert result.returncode == 1
     assert "50.0%" in result.stdout
     [line] = result.stderr.splitlines()
-    assert line == "error: dir=sweep: summary.csv and summary.png cannot be written (Is a directory)"
+    assert line == "error: dir=sweep: summary.csv cannot be written (Is a directory)"
 
 
 def test_the_command_prints_the_table_and_keeps_it(tmp_path):

@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vit_lightning.analysis.figures import name_run
 from vit_lightning.analysis.predictions import FIGURES, predict_split
 from vit_lightning.config import DataConfig
 from vit_lightning.data.module import ImageData
@@ -50,7 +51,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
         with warn_instead(name):
             figure = predictions.draw(name)
             if figure is not None:
-                save_figure(figure, run_dir / f"{name}.png")
+                save_figure(name_run(figure, config.checkpoint), run_dir / f"{name}.png")
                 print_files([run_dir / f"{name}.png"])
     return report["acc"]
 

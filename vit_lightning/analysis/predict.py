@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
-from vit_lightning.analysis.figures import draw_attention, shorten
+from vit_lightning.analysis.figures import draw_attention, name_run, shorten
 from vit_lightning.data.images import decode_image, is_picture, visible_files
 from vit_lightning.devices import evaluation_device
 from vit_lightning.files import save_figure, write_atomic, write_csv
@@ -19,10 +19,11 @@ from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.schemas import PredictConfig
-from vit_lightning.terminal import print_files, print_table, with_bar
+from vit_lightning.terminal import print_files, print_table, warn_instead, with_bar
 
 BATCH = 64
 DRAWN = 24  # maximum number of images in the attention picture
+SIDE = 256  # of each, in pixels
 
 
 def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
@@ -65,12 +66,13 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     cells = ([row["file"], *chain(*(guess.values() for guess in row["predictions"]))] for row in rows)
     write_csv(run_dir / "predictions.csv", [header, *cells])
     written = ["predictions.json", "predictions.csv"]
-    if config.attention:
-        draw(classifier, torch.stack(seen), rows, run_dir / "attention.png")
-        written.append("attention.png")
-        if len(rows) > len(seen):
-            print(f"attention.png shows the first {len(seen)} of {len(rows)} images")
     show(rows)
+    if config.attention:
+        with warn_instead("attention"):
+            draw(classifier, torch.stack(seen), rows, run_dir / "attention.png", config.checkpoint)
+            written.append("attention.png")
+            if len(rows) > len(seen):
+                print(f"attention.png shows the first {len(seen)} of {len(rows)} images")
     print_files(run_dir / name for name in written)
     if unreadable:
         sys.exit(f"error: {len(unreadable)} of {len(unreadable) + len(rows)} files could not be read (see above)")
@@ -113,7 +115,7 @@ def describe(
     ]
 
 
-def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, Any]], path: Path) -> None:
+def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, Any]], path: Path, name: str) -> None:
     """Draw the attention of the first images: the rollout, and the mean over heads in the last block."""
     maps = attention_maps(classifier.net, classifier.normalise(images))
     last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
@@ -121,8 +123,8 @@ def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, A
     best = [row["predictions"][0] for row in rows[: len(images)]]
     files = [shorten(Path(row["file"]).name, 24) for row in rows[: len(images)]]
     titles = [f"{file}\n{guess['class']} {guess['probability']:.0%}" for file, guess in zip(files, best, strict=True)]
-    pictures = images.permute(0, 2, 3, 1).numpy() / 255
-    save_figure(draw_attention(pictures, overlays, ["rollout", "last block"], titles), path)
+    pictures = [np.moveaxis(decode_image(Path(row["file"]), SIDE), 0, -1) / 255 for row in rows[: len(images)]]
+    save_figure(name_run(draw_attention(pictures, overlays, ["rollout", "last block"], titles), name), path)
 
 
 def show(rows: list[dict[str, Any]]) -> None:

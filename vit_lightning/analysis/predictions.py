@@ -159,13 +159,13 @@ class Predictions:
             title = f"Reliability, {images}\nexpected calibration error {error:.1%}"
             return draw_reliability(counts, accuracies, title)
         if name == "mistakes" and self.data is not None and (self.guess != self.labels).any():
-            return self._draw_mistakes(self.data, f"Most confident mistakes, {images}: label → prediction")
+            return self._draw_mistakes(self.data, f"Mistakes: label → prediction, {images}")
         return None
 
     def _draw_mistakes(self, data: ImageData, title: str) -> Figure:
         wrong = (self.guess != self.labels).nonzero().squeeze(1)
         wrong = wrong[self.confidence[wrong].argsort(descending=True)][:MISTAKES]
-        names = [shorten(name, 14) for name in self.class_names]
+        names = [shorten(name, 13) for name in self.class_names]
         titles = [f"{names[self.labels[i]]}\n→ {names[self.guess[i]]} {self.confidence[i]:.0%}" for i in wrong.tolist()]
         return draw_images(data.stored(self.split, wrong)[0].permute(0, 2, 3, 1).numpy() / 255, titles, title=title)
 

@@ -13,14 +13,15 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, WeightAveraging
 from torch import Tensor
 
-from vit_lightning.analysis.figures import draw_curves
+from vit_lightning.analysis.figures import draw_curves, name_run
 from vit_lightning.devices import memory, now
 from vit_lightning.files import RunFiles, save_figure, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
+from vit_lightning.runs.dashboard import log_metrics
 from vit_lightning.runs.progress import SPEED, describe_epoch, epoch_header
-from vit_lightning.terminal import relative
+from vit_lightning.terminal import relative, warn_instead
 
 
 class EpochRecorder(Callback):
@@ -37,11 +38,15 @@ class EpochRecorder(Callback):
     Args:
         run_dir: directory of the files.
         record: where the run is started from this time.
+        name: of the run, in the title of the curves.
+        training: what the curves of the training are called.
     """
 
-    def __init__(self, run_dir: Path, record: dict[str, Any]) -> None:
+    def __init__(self, run_dir: Path, record: dict[str, Any], name: str = "", training: str = "training") -> None:
         self.files = RunFiles(run_dir)
         self.starts = [record]
+        self.name = name
+        self.training = training
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
@@ -153,8 +158,7 @@ class EpochRecorder(Callback):
         if not trainer.is_global_zero:
             return
         speed = {"speed/images_per_second": row[SPEED], "speed/memory_gb": memory(trainer.strategy.root_device) / 1e9}
-        for logger in trainer.loggers:
-            logger.log_metrics({**metrics_of(row), **speed}, trainer.global_step - 1)
+        log_metrics(trainer, {**metrics_of(row), **speed}, trainer.global_step - 1)
         self._write([row])
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
@@ -173,7 +177,9 @@ class EpochRecorder(Callback):
     def draw(self) -> None:
         """Draw the epochs so far; also called for a run resumed after its last epoch, which has no end of training."""
         if self.rows:
-            save_figure(draw_curves(self.rows), self.files.curves)
+            with warn_instead("curves"):
+                figure = draw_curves(self.rows, training=self.training)
+                save_figure(name_run(figure, self.name), self.files.curves)
 
 
 class Report(Callback):

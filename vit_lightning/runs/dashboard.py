@@ -1,40 +1,48 @@
 """What TensorBoard shows next to the curves: the configuration, training images, and figures of the best network."""
 
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 import yaml
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from matplotlib.figure import Figure
 from PIL import Image
+from tensorboard.plugins.hparams.summary_v2 import hparams_pb  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter, summary
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
-from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, shorten
+from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, name_run, shorten
 from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
 from vit_lightning.config import Config
+from vit_lightning.data.images import decode_image
 from vit_lightning.data.module import ImageData
-from vit_lightning.keys import flatten
+from vit_lightning.keys import InputError, flatten
 from vit_lightning.recipe.augment import denormalise
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import total_norm
-from vit_lightning.terminal import warn_instead
+from vit_lightning.runs.run import MAY_CHANGE
+from vit_lightning.terminal import relative, warn_instead
 
 # One chart for training and validation, in the custom-scalars tab.
 LAYOUT = {  # tags are regular expressions
     "training and validation": {
-        "loss": ["Multiline", ["^train/loss$", "^val/loss$"]],
-        "top-1": ["Multiline", ["^train/acc$", "^val/acc$"]],
-        "top-5": ["Multiline", ["^train/acc5$", "^val/acc5$"]],
+        "loss": ["Multiline", ["^loss/train$", "^loss/val$"]],
+        "top-1": ["Multiline", ["^accuracy/top1_train$", "^accuracy/top1_val$"]],
+        "top-5": ["Multiline", ["^accuracy/top5_train$", "^accuracy/top5_val$"]],
     }
 }
 IMAGES = 12  # of a training batch
 EXPLAINED = 6  # validation images whose attention is drawn
+HEADS = 6  # of the last block, likewise
+SIDE = 256  # of those images, in pixels, if they are files
 
 
 class Dashboard(Callback):
@@ -43,13 +51,15 @@ class Dashboard(Callback):
     Args:
         config: of the run; ``config.dashboard`` switches each part.
         data: set up.
+        name: of the run, in TensorBoard's table of runs and in figures.
         text: what else is shown as text, by title.
         patches: picture of an image next to its patches.
     """
 
-    def __init__(self, config: Config, data: ImageData, text: dict[str, str], patches: Figure) -> None:
+    def __init__(self, config: Config, data: ImageData, name: str, text: dict[str, str], patches: Figure) -> None:
         self.config = config
         self.data = data
+        self.name = name
         self.text = {**text, "config": yaml.safe_dump(asdict(config), sort_keys=False)}
         self.patches = patches
         self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
@@ -68,8 +78,7 @@ class Dashboard(Callback):
         writer.add_custom_scalars(LAYOUT)
         # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
         # TensorBoard finds; without, it gathers them from all runs, the ones that differ first.
-        _, start, _ = summary.hparams(hyper_parameters(self.config), {})
-        writer._get_file_writer().add_summary(start)
+        writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(self.config), trial_id=self.name))
         if self.config.dashboard.text:
             for title, text in self.text.items():
                 writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))  # as it is: a code block
@@ -83,7 +92,8 @@ class Dashboard(Callback):
             pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
             with warn_instead("batch"):
                 titles = [self._title(label) for label in labels]
-                show(trainer, "batch", draw_images(pictures, titles, title="Training images, augmented"), 0)
+                figure = draw_images(pictures, titles, title="Training images, augmented")
+                show(trainer, "batch", name_run(figure, self.name), 0)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -99,8 +109,7 @@ class Dashboard(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self._step and trainer.is_global_zero:
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/loss_step": outputs["loss"].item(), **self._step}, trainer.global_step - 1)
+            log_metrics(trainer, {"train/loss_step": outputs["loss"].item(), **self._step}, trainer.global_step - 1)
             self._step = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,12 +141,11 @@ class Dashboard(Callback):
             record: the run's ``summary.json``.
         """
         metrics = record["metrics"]
-        # The HParams tab sorts by name, so these come before all other tags, the best val/acc first.
-        final = {"acc": metrics.get("val/acc"), "acc5": metrics.get("val/acc5"), "test_acc": metrics.get("test/acc")}
-        final |= {"parameters": record["parameters"], "seconds": record["seconds"]}
-        known = {f"best/{key}": value for key, value in final.items() if value is not None}  # without test=false's
+        final = {f"best/{key}": metrics[f"val/{key}"] for key in ("acc", "acc5") if f"val/{key}" in metrics}
+        final |= {f"best/{key}": record[key] for key in ("parameters", "seconds")}
+        final |= {key: value for key, value in metrics.items() if key.startswith("test/")}
+        log_metrics(trainer, final, trainer.global_step)
         for logger in trainer.loggers:
-            logger.log_metrics(known, trainer.global_step)
             logger.save()
         writer = writer_of(trainer)
         if writer is not None:
@@ -159,10 +167,10 @@ class Dashboard(Callback):
         if switches.positions and classifier.net.pos_embed is not None:
             with warn_instead("positions"):
                 similarity = position_similarity(classifier.net).cpu().numpy()
-                show(trainer, "positions", draw_position_similarity(similarity), step)
+                show(trainer, "positions", name_run(draw_position_similarity(similarity), self.name), step)
         if switches.attention:
             with warn_instead("attention"):
-                show(trainer, "attention", draw_attention_of(classifier, self.data), step)
+                show(trainer, "attention", name_run(draw_attention_of(classifier, self.data), self.name), step)
         names = [name for name in FIGURES if getattr(switches, name.removesuffix("_superclasses"))]
         if names:
             with warn_instead(", ".join(names)):
@@ -171,7 +179,7 @@ class Dashboard(Callback):
                     with warn_instead(name):
                         figure = predictions.draw(name)
                         if figure is not None:
-                            show(trainer, name, figure, step)
+                            show(trainer, name, name_run(figure, self.name), step)
         for logger in trainer.loggers:
             logger.save()
 
@@ -190,28 +198,74 @@ class Dashboard(Callback):
             return names[label]
         shares, classes = label.topk(2)
         pairs = zip(shares, classes, strict=True)
-        return "\n".join(f"{shorten(names[i], 17)} {share:.0%}" for share, i in pairs if share > 0)
+        return "\n".join(f"{shorten(names[i], 13)} {share:.0%}" for share, i in pairs if share > 0)
 
 
 def hyper_parameters(config: Config) -> dict[str, Any]:
-    """The keys and values that TensorBoard's HParams tab compares runs by, as they are typed."""
+    """The keys and values that TensorBoard's HParams tab compares runs by, as they are typed.
+
+    Keys that change no number, such as ``data.cache_dir``, are left out.
+    """
     groups = ("model", "data", "augment", "optim", "trainer")
     flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
     plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in flat.items()}
-    return {key: value for key, value in plain.items() if value is not None and value != "{}"}
+    without = {*MAY_CHANGE, "trainer.log_every_n_steps"}
+    return {key: value for key, value in plain.items() if value not in (None, "{}") and key not in without}
+
+
+def run_name(overrides: Sequence[str], folder: Path) -> str:
+    """What a run is called: its settings, and its directory, which tells it from others with the same settings."""
+    typed = [item for item in overrides if item.partition("=")[0] not in {*MAY_CHANGE, "resume"}]
+    return " ".join([*typed, f"({relative(folder)})" if typed else relative(folder)])
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
-    """The attention to each patch in what the head reads: the rollout, then each head of the last block."""
+    """The attention to each patch in what the head reads: the rollout, then some heads of the last block."""
     spread = torch.linspace(0, len(data.indices["val"]) - 1, EXPLAINED).long()  # images may be sorted by class
     images, labels = data.stored("val", spread)
     maps = attention_maps(classifier.net, classifier.normalise(images))
-    rollout, heads = attention_rollout(maps)[:, None], maps[:, -1]
+    rollout, heads = attention_rollout(maps)[:, None], maps[:, -1, :HEADS]
     overlays = on_patches(classifier.net, torch.cat([rollout, heads], dim=1)).cpu().numpy()
-    pictures = images.permute(0, 2, 3, 1).numpy() / 255
-    names = ["rollout", *(f"head {number}" for number in range(1, heads.shape[1] + 1))]
+    names = ["rollout", "head 1", *map(str, range(2, heads.shape[1] + 1))]
     titles = [data.class_names[label] for label in labels]
+    pictures = originals(data, "val", spread)
     return draw_attention(pictures, overlays, names, titles, "Attention to each patch, validation images")
+
+
+def originals(data: ImageData, split: str, positions: Tensor) -> list[np.ndarray]:
+    """Images of a split as (side, side, C) of floats in [0, 1]: from their files, if they still are where they were."""
+    root, files = Path(data.config.root).expanduser(), data.files(split)
+    base = root.parent if root.suffix.lower() == ".csv" else root
+    try:
+        images = [decode_image(base / files[position], SIDE) for position in positions.tolist()] if files else None
+    except InputError:
+        images = None
+    return [np.moveaxis(np.asarray(image), 0, -1) / 255 for image in images or data.stored(split, positions)[0]]
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Pass metrics to all loggers; TensorBoard's get the names by which it groups and sorts charts."""
+    for logger in trainer.loggers:
+        renamed = isinstance(logger, TensorBoardLogger)
+        logger.log_metrics({chart_of(name) if renamed else name: value for name, value in metrics.items()}, step)
+
+
+def chart_of(name: str) -> str:
+    """The name of a metric in TensorBoard, which sorts charts by it and opens on the first two groups.
+
+    These are ``accuracy`` and ``loss``, with training next to validation. Results of the whole run, for the HParams
+    tab, which takes nothing but scalars, are in the last group: ``summary``.
+    """
+    stage, _, metric = name.partition("/")
+    if stage == "best":
+        return f"summary/{metric}"
+    if stage == "test":
+        return f"summary/test_{metric}"
+    if stage not in ("train", "val"):
+        return name
+    if metric in ("acc", "acc5"):
+        return f"accuracy/top{metric[3:] or 1}_{stage}"
+    return f"loss/{metric.replace('loss', stage, 1)}" if metric.startswith("loss") else f"metrics/{metric}_{stage}"
 
 
 def writer_of(trainer: L.Trainer) -> SummaryWriter | None:

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 from matplotlib.figure import Figure
 
-from vit_lightning.analysis.figures import draw_patches
+from vit_lightning.analysis.figures import draw_patches, name_run
 from vit_lightning.config import Config, TrainerConfig
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import (
@@ -35,12 +35,12 @@ from vit_lightning.recipe.optim import ema_update
 from vit_lightning.recipe.weights import load_classifier, start_from
 from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
-from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
+from vit_lightning.runs.dashboard import Dashboard, hyper_parameters, run_name
 from vit_lightning.runs.processes import check_splits, placement, share_run_dir
 from vit_lightning.runs.progress import EpochBar
-from vit_lightning.runs.report import describe_step, show_results, show_start, summarise
+from vit_lightning.runs.report import describe_step, describe_training, show_results, show_start, summarise
 from vit_lightning.runs.run import Run, check_same_data, lock_run
-from vit_lightning.terminal import is_first, relative
+from vit_lightning.terminal import is_first, relative, warn_instead
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -164,13 +164,15 @@ def fit_and_test(
         The best ``val/acc``.
     """
     config, files = run.config, run.files
-    recorder = EpochRecorder(run.folder, record)
-    patches = patches_of(data, config.model.patch_size)
-    dashboard = Dashboard(config, data, {"command": record["command"]}, patches)
+    name = run_name(record["overrides"], run.folder)
+    recorder = EpochRecorder(run.folder, record, name, describe_training(config))
+    patches = name_run(patches_of(data, config.model.patch_size), name)
+    dashboard = Dashboard(config, data, name, {"command": record["command"]}, patches)
     if is_first():
         files.summary.unlink(missing_ok=True)  # of a run that is extended
         write_atomic(files.config, yaml.safe_dump(asdict(config), sort_keys=False))
-        save_figure(patches, files.patches)
+        with warn_instead("patches"):
+            save_figure(patches, files.patches)
     own = [recorder, dashboard, *callbacks, *([] if report is None else [Report(report)])]
     trainer = build_trainer(run, data, recorder, own, loggers)
     if is_first():
@@ -186,6 +188,7 @@ def fit_and_test(
         raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
     # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
     tested = load_classifier(str(files.best))
+    tested.log_curves = False  # log_best does
     [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test and len(data.indices["test"]) else [{}]
     if is_first():
         summary = summarise(config, recorder, trainer, classifier, test)

@@ -56,6 +56,16 @@ def describe_step(config: Config, processes: int) -> str:
     )
 
 
+def describe_training(config: Config) -> str:
+    """What curves of the training are called: some settings raise its loss above that of the plain images."""
+    reasons = {
+        "mixed images": config.augment.mixup or config.augment.cutmix,
+        "smoothed labels": config.optim.label_smoothing,
+        config.optim.loss: config.optim.loss != "cross_entropy",
+    }
+    return f"training ({', '.join(name for name, holds in reasons.items() if holds) or 'augmented'})"
+
+
 def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
     """Seconds of training, including validation, until ``val/acc`` first reached 5%, 10% and so on."""
     best = max(row.get("val/acc", 0.0) for row in rows)

@@ -14,11 +14,13 @@ import numpy as np
 from filelock import FileLock
 from matplotlib.axes import Axes
 
+from vit_lightning.analysis.figures import shorten
 from vit_lightning.config import Config
+from vit_lightning.files import save_figure
 from vit_lightning.keys import InputError, Invocation, MachineError
 from vit_lightning.runs.fit import train
 from vit_lightning.schemas import SearchConfig, SearchRun
-from vit_lightning.terminal import print_files, print_table
+from vit_lightning.terminal import print_files, print_table, warn_instead
 
 try:
     import optuna
@@ -181,18 +183,20 @@ def show(study: optuna.Study, base: list[str], run_dir: Path) -> None:
     plots = optuna.visualization.matplotlib
     draw(plots.plot_optimization_history, study, "Validation accuracy of each trial", run_dir / "history.png")
     if len(set(values.values())) > 1:
-        note = f"\n(means little: fewer than {FEW} trials)" if len(trials) < FEW else ""
+        note = f" (means little: fewer than {FEW} finished trials)" if len(trials) < FEW else ""
         draw(plots.plot_param_importances, study, f"Importance of each key{note}", run_dir / "importances.png")
     print(shlex.join(["python", "-m", "vit_lightning.train", *base, *typed(study.best_params)]))
 
 
 def draw(plot: Callable[..., Axes], study: optuna.Study, title: str, path: Path) -> None:
     """Save one of Optuna's figures, which it draws with pyplot and in a global style, and print its path."""
-    with plt.rc_context():
+    with warn_instead(path.stem), plt.rc_context():
         plt.switch_backend("Agg")  # opens no window
         axes = plot(study, target_name="validation top-1")
-        axes.set_title("")  # Optuna's own
-        axes.set_title(title, loc="left")
-        plt.savefig(path, dpi=100, bbox_inches="tight")
+        figure = plt.gcf()
         plt.close()
-    print_files([path])
+        axes.set_title("")  # Optuna's own
+        figure.set_layout_engine("constrained")
+        figure.suptitle(f"{title}\n{shorten(study.study_name, 56)}", parse_math=False)
+        save_figure(figure, path)
+        print_files([path])

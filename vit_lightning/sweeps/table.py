@@ -1,17 +1,19 @@
 """The table of a sweep. Runs that differ only in seed or fold are one row: the mean and standard deviation of each."""
 
-import csv
 import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vit_lightning.analysis.figures import draw_sweep
-from vit_lightning.files import SUMMARY, save_figure
+from matplotlib.figure import Figure
+
+from vit_lightning.analysis.figures import TRAIN, VAL, TitledFigure, shorten
+from vit_lightning.files import SUMMARY, save_figure, write_csv
 from vit_lightning.keys import InputError
-from vit_lightning.terminal import print_files, print_table, relative
+from vit_lightning.terminal import print_files, print_table, relative, warn_instead
 
 COLUMNS = ("runs", "val/acc", "val/acc ±", "accuracies", "val/acc5", "samples", "seconds", "images/s", "parameters")
 
@@ -74,11 +76,41 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["val/acc"])
 
 
+def draw_sweep(rows: Sequence[Mapping[str, Any]], title: str = "Validation accuracy by setting") -> Figure:
+    """Validation accuracy of each setting of a sweep: its runs, their mean and standard deviation; the best on top.
+
+    A dotted line marks the mean of the setting ``base``, as in ``ablation=base``, where there is one.
+
+    Args:
+        rows: from :func:`summarise`.
+        title: of the figure.
+    """
+    names = [shorten(row["setting"] or "all runs", 60) for row in rows]
+    figure = TitledFigure(7 + 0.07 * max(map(len, names)), 1.6 + 0.3 * len(rows), title)
+    axes = figure.subplots()
+    for place, row in enumerate(rows):
+        runs = [100 * accuracy for accuracy in row["accuracies"]]
+        axes.plot(runs, [place] * len(runs), "o", color=TRAIN, alpha=0.5, label="run" if place == 0 else None)
+        mean, spread = 100 * row["val/acc"], 100 * (row["val/acc ±"] or 0)
+        if len(runs) > 1:
+            axes.errorbar(mean, place, xerr=spread, fmt="|", color=VAL, capsize=4, markersize=12)
+        if row["setting"].partition("=")[2] == "base":
+            axes.axvline(mean, color="black", linestyle=":", linewidth=1, label="base")
+    if any(len(row["accuracies"]) > 1 for row in rows):
+        axes.plot([], [], "|", color=VAL, markersize=12, label="mean and standard deviation")
+    axes.set_yticks(range(len(rows)), names)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="validation top-1 (%)")
+    figure.legend(loc="outside lower right", ncols=3)
+    return figure
+
+
 def show(directory: Path) -> None:
     """Print the table of a sweep, and write it to ``summary.csv`` and ``summary.png`` in the sweep's directory.
 
     Raises:
-        InputError: if there is no run, or the files cannot be written.
+        InputError: if there is no run, or summary.csv cannot be written.
     """
     rows = summarise(directory)
     cells = []
@@ -88,13 +120,13 @@ def show(directory: Path) -> None:
         cells.append((row["setting"], str(row["runs"]), *shares, f"{row['seconds']:,.0f}", f"{row['images/s']:,.0f}"))
     header = ("setting", "runs", "top-1", "±", "top-5", "seconds", "images/s")
     print_table("validation, mean over the runs that differ only in seed or fold", header, cells)
+    columns = ("setting", *COLUMNS)
     try:
-        with (directory / "summary.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-            writer = csv.DictWriter(file, ("setting", *COLUMNS))
-            writer.writeheader()
-            writer.writerows(rows)
-        save_figure(draw_sweep(rows), directory / "summary.png")
+        write_csv(directory / "summary.csv", [columns, *([row[name] for name in columns] for row in rows)])
     except OSError as error:
-        reason = error.strerror or error
-        raise InputError(f"dir={directory}: summary.csv and summary.png cannot be written ({reason})") from error
-    print_files(directory / name for name in ("summary.csv", "summary.png"))
+        raise InputError(f"dir={directory}: summary.csv cannot be written ({error.strerror or error})") from error
+    print_files([directory / "summary.csv"])
+    with warn_instead("the settings"):
+        title = f"Validation accuracy by setting\n{relative(directory)}"
+        save_figure(draw_sweep(rows, title), directory / "summary.png")
+        print_files([directory / "summary.png"])
