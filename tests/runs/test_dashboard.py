@@ -58,7 +58,8 @@ def test_scalars_come_in_groups(digits_run):
 def test_the_table_names_a_run_by_its_settings_and_directory(digits_run):
     [start] = [
         HParamsPluginData.FromString(value.metadata.plugin_data.content).session_start_info
-        for event in EventFileLoader(str(next(digits_run.glob("events.*")))).Load()
+        for file in digits_run.glob("events.*")
+        for event in EventFileLoader(str(file)).Load()
         for value in event.summary.value
         if value.tag == "_hparams_/session_start_info"
     ]

@@ -19,8 +19,7 @@ from vit_lightning.files import RunFiles, save_figure, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
 from vit_lightning.recipe.optim import total_norm
-from vit_lightning.runs.dashboard import log_metrics
-from vit_lightning.runs.progress import SPEED, describe_epoch, epoch_header
+from vit_lightning.runs.progress import SPEED, describe_epoch, epoch_header, log_metrics
 from vit_lightning.terminal import relative, warn_instead
 
 

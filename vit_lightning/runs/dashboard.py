@@ -1,7 +1,7 @@
 """What TensorBoard shows next to the curves: the configuration, training images, and figures of the best network."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from vit_lightning.keys import InputError, flatten
 from vit_lightning.recipe.augment import denormalise
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import total_norm
+from vit_lightning.runs.progress import log_metrics
 from vit_lightning.runs.run import MAY_CHANGE
 from vit_lightning.terminal import relative, warn_instead
 
@@ -241,31 +242,6 @@ def originals(data: ImageData, split: str, positions: Tensor) -> list[np.ndarray
     except InputError:
         images = None
     return [np.moveaxis(np.asarray(image), 0, -1) / 255 for image in images or data.stored(split, positions)[0]]
-
-
-def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Pass metrics to all loggers; TensorBoard's get the names by which it groups and sorts charts."""
-    for logger in trainer.loggers:
-        renamed = isinstance(logger, TensorBoardLogger)
-        logger.log_metrics({chart_of(name) if renamed else name: value for name, value in metrics.items()}, step)
-
-
-def chart_of(name: str) -> str:
-    """The name of a metric in TensorBoard, which sorts charts by it and opens on the first two groups.
-
-    These are ``accuracy`` and ``loss``, with training next to validation. Results of the whole run, for the HParams
-    tab, which takes nothing but scalars, are in the last group: ``summary``.
-    """
-    stage, _, metric = name.partition("/")
-    if stage == "best":
-        return f"summary/{metric}"
-    if stage == "test":
-        return f"summary/test_{metric}"
-    if stage not in ("train", "val"):
-        return name
-    if metric in ("acc", "acc5"):
-        return f"accuracy/top{metric[3:] or 1}_{stage}"
-    return f"loss/{metric.replace('loss', stage, 1)}" if metric.startswith("loss") else f"metrics/{metric}_{stage}"
 
 
 def writer_of(trainer: L.Trainer) -> SummaryWriter | None:

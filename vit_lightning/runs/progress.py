@@ -1,9 +1,11 @@
-"""What a run shows while it trains: a line for each epoch, at most 80 characters wide, and a bar below the lines."""
+"""What a run shows while it trains: a line for each epoch, 80 characters wide at most, a bar, and loggers' curves."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -92,3 +94,28 @@ class EpochBar(Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._erase()
+
+
+def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
+    """Pass metrics to all loggers; TensorBoard's get the names by which it groups and sorts charts."""
+    for logger in trainer.loggers:
+        renamed = isinstance(logger, TensorBoardLogger)
+        logger.log_metrics({chart_of(name) if renamed else name: value for name, value in metrics.items()}, step)
+
+
+def chart_of(name: str) -> str:
+    """The name of a metric in TensorBoard, which sorts charts by it and opens on the first two groups.
+
+    These are ``accuracy`` and ``loss``, with training next to validation. Results of the whole run, for the HParams
+    tab, which takes nothing but scalars, are in the last group: ``summary``.
+    """
+    stage, _, metric = name.partition("/")
+    if stage == "best":
+        return f"summary/{metric}"
+    if stage == "test":
+        return f"summary/test_{metric}"
+    if stage not in ("train", "val"):
+        return name
+    if metric in ("acc", "acc5"):
+        return f"accuracy/top{metric[3:] or 1}_{stage}"
+    return f"loss/{metric.replace('loss', stage, 1)}" if metric.startswith("loss") else f"metrics/{metric}_{stage}"
