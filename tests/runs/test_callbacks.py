@@ -52,7 +52,7 @@ def test_a_chosen_metric_reaches_every_record(tmp_path, monkeypatch, digits_run,
     events = EventAccumulator(str(run))
     events.Reload()
     counts = {tag: len(events.Scalars(tag)) for tag in events.Tags()["scalars"]}
-    assert (counts["train/f1"], counts["val/f1"], counts["test/f1"]) == (3, 1, 1)
+    assert (counts["metrics/f1_train"], counts["metrics/f1_val"], counts["summary/test_f1"]) == (3, 1, 1)
     assert not [tag for tag in counts if tag.endswith("/images")]
     assert "top-5     f1" in capsys.readouterr().out
 

@@ -47,10 +47,13 @@ def test_a_run_leaves_pictures_and_text(digits_run):
 
 
 def test_scalars_come_in_groups(digits_run):
-    tags = set(events(digits_run).Tags()["scalars"])
+    shown = events(digits_run)
+    tags = set(shown.Tags()["scalars"])
     curves = {f"{chart}_{stage}" for stage in ("train", "val") for chart in ("accuracy/top1", "accuracy/top5")}
     curves |= {"loss/train", "loss/val", "loss/train_step"}
     assert curves | {"speed/images_per_second", "speed/memory_gb", "optim/gradient_norm", "optim/lr"} <= tags
+    [*_, latest] = shown.Scalars("accuracy/best_val")
+    assert latest.value == max(event.value for event in shown.Scalars("accuracy/top1_val"))
     groups = sorted({tag.split("/")[0] for tag in tags})  # in TensorBoard's order: the first two are open
     assert groups == ["accuracy", "loss", "optim", "speed", "summary"]
 
@@ -118,7 +121,7 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
     ]
     logger.experiment.flush()
     shown = events(tmp_path)
-    assert "summary/acc" in shown.Tags()["scalars"]
+    assert "summary/test_acc" in shown.Tags()["scalars"]
     drawn = {tag.removeprefix("pictures/") for tag in shown.Tags()["images"]}
     assert drawn == PICTURES - {"batch", "patches", "attention", "per_class"}
 
@@ -142,7 +145,7 @@ def server(digits_run, tmp_path_factory):
     config = composed("experiment=quickstart", "optim.lr=0.0625")
     with SummaryWriter(outputs / "other") as writer:
         writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(config), trial_id="optim.lr=0.0625"))
-        writer.add_scalar("summary/acc", 0.0078125, 1)
+        writer.add_scalar("accuracy/best_val", 0.0078125, 1)
     process = subprocess.Popen(
         [sys.executable, "-m", "tensorboard.main", "--logdir", str(outputs), "--port", "0", "--host", "127.0.0.1"],
         stderr=subprocess.PIPE,
@@ -189,7 +192,7 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
             tags.fill(f"^{tag}$")
             expect(page.locator("scalar-card:visible").filter(has_text=f"/{tag.split('/')[1]}")).to_have_count(1)
         tags.fill("^accuracy/")
-        expect(page.locator("scalar-card:visible")).to_have_count(4)
+        expect(page.locator("scalar-card:visible")).to_have_count(5)
         tags.press("Escape")  # its suggestions
         page.screenshot(path=screenshots / "scalars.png")
 
@@ -200,8 +203,7 @@ def test_a_browser_finds_curves_hyper_parameters_and_pictures(server, digits_run
         page.screenshot(path=screenshots / "custom_scalars.png")
 
         show("hparams")
-        results = (f"summary/{name}" for name in ("acc", "acc5", "parameters", "seconds", "test_acc"))
-        for column in ("optim.lr", *results):
+        for column in ("optim.lr", "accuracy/best_val", "accuracy/top1_train", "accuracy/top1_val"):
             expect(page.locator("vaadin-grid").get_by_text(column, exact=True).first).to_be_attached()
         expect(page.get_by_text("hp_metric")).to_have_count(0)
         for value in ("0.0625", "0.0030000", "0.0078125"):  # the rates of both runs, and the other one's accuracy

@@ -165,7 +165,7 @@ def test_tensorboard_shows_the_run(digits):
         steps = [event.step for event in events.Scalars(tag)]
         assert steps == sorted(steps), tag
     assert len(events.Scalars("accuracy/top1_val")) == 3
-    assert events.Scalars("summary/acc")[0].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
+    assert events.Scalars("accuracy/best_val")[-1].value == pytest.approx(summary_of(run)["metrics"]["val/acc"])
     assert yaml.safe_load((run / "hparams.yaml").read_text())["model.layers"] == 2
     assert events.Scalars("summary/test_acc")[0].value == pytest.approx(summary_of(run)["metrics"]["test/acc"])
 

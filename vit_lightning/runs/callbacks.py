@@ -157,7 +157,8 @@ class EpochRecorder(Callback):
         if not trainer.is_global_zero:
             return
         speed = {"speed/images_per_second": row[SPEED], "speed/memory_gb": memory(trainer.strategy.root_device) / 1e9}
-        log_metrics(trainer, {**metrics_of(row), **speed}, trainer.global_step - 1)
+        best = {"best/acc": self.best["val/acc"]} if self._validated else {}
+        log_metrics(trainer, {**metrics_of(row), **best, **speed}, trainer.global_step - 1)
         self._write([row])
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None

@@ -142,8 +142,9 @@ class Dashboard(Callback):
             record: the run's ``summary.json``.
         """
         metrics = record["metrics"]
-        final = {f"best/{key}": metrics[f"val/{key}"] for key in ("acc", "acc5") if f"val/{key}" in metrics}
-        final |= {f"best/{key}": record[key] for key in ("parameters", "seconds")}
+        final = {f"best/{key}": record[key] for key in ("parameters", "seconds")}
+        if "val/acc5" in metrics:
+            final["best/acc5"] = metrics["val/acc5"]
         final |= {key: value for key, value in metrics.items() if key.startswith("test/")}
         log_metrics(trainer, final, trainer.global_step)
         for logger in trainer.loggers:

@@ -189,7 +189,11 @@ def fit_and_test(
     # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
     tested = load_classifier(str(files.best))
     tested.log_curves = False  # log_best does
-    [test] = trainer.test(tested, datamodule=data, verbose=False) if config.test and len(data.indices["test"]) else [{}]
+    test = {}
+    if config.test and len(data.indices["test"]):
+        trainer.test(tested, datamodule=data, verbose=False)
+        measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        test = {name: value for name, value in measured.items() if name.startswith("test/") and name != "test/images"}
     if is_first():
         summary = summarise(config, recorder, trainer, classifier, test)
         dashboard.log_best(trainer, summary)

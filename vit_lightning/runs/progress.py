@@ -106,10 +106,12 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> 
 def chart_of(name: str) -> str:
     """The name of a metric in TensorBoard, which sorts charts by it and opens on the first two groups.
 
-    These are ``accuracy`` and ``loss``, with training next to validation. Results of the whole run, for the HParams
-    tab, which takes nothing but scalars, are in the last group: ``summary``.
+    These are ``accuracy`` and ``loss``, with training next to validation. The HParams tab shows the first five metrics,
+    so the best accuracy so far comes first; other results, which that tab takes from charts, come last.
     """
     stage, _, metric = name.partition("/")
+    if name == "best/acc":
+        return "accuracy/best_val"
     if stage == "best":
         return f"summary/{metric}"
     if stage == "test":
