@@ -66,8 +66,8 @@ def test_the_table_names_a_run_by_its_settings_and_directory(digits_run):
         for value in event.summary.value
         if value.tag == "_hparams_/session_start_info"
     ]
-    assert start.group_name.startswith("experiment=quickstart ")
-    assert start.group_name.endswith(f"({digits_run.name})")
+    assert start.group_name.startswith("trainer.max_epochs=6 ")
+    assert start.group_name.endswith(f"experiment=quickstart ({digits_run.name})")
     assert {"model.layers", "optim.lr", "data.source", "seed"} <= set(start.hparams)
     assert not {"data.root", "data.cache_dir", "data.workers", "trainer.enable_progress_bar"} & set(start.hparams)
 

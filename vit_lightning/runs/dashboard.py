@@ -216,8 +216,12 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
 
 
 def run_name(overrides: Sequence[str], folder: Path) -> str:
-    """What a run is called: its settings, and its directory, which tells it from others with the same settings."""
+    """What a run is called: its settings, and its directory, which tells it from others with the same settings.
+
+    The experiment, which runs that are compared often share, comes last, because the table shows a name's beginning.
+    """
     typed = [item for item in overrides if item.partition("=")[0] not in {*MAY_CHANGE, "resume"}]
+    typed.sort(key=lambda item: item.startswith("experiment="))
     return " ".join([*typed, f"({relative(folder)})" if typed else relative(folder)])
 
 
