@@ -30,7 +30,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vit_lightning import guard, register
-from vit_lightning.config import Config
+from vit_lightning.config import FOREIGN, Config
 from vit_lightning.files import ERROR, SUMMARY, RunFiles, remove_empty, write_atomic
 from vit_lightning.keys import InputError, Invocation, as_list, sections
 from vit_lightning.messages import help_text, is_mistake, keys_meant, keys_of, one_line, unknown_key
@@ -324,6 +324,12 @@ def to_config(cfg: DictConfig, schema: type) -> Any:
         for name in map(str, cfg if section is None else cfg[section] or ()):
             if name not in known:
                 raise InputError(unknown_key(f"{section}.{name}" if section else name, schema))
+    if (
+        str(cfg.get("checkpoint")).startswith(FOREIGN)
+        and "model" in cfg
+        and cfg.model.image_size % cfg.model.patch_size
+    ):
+        cfg.model.update(patch_embed="unfold", patch_size=1)  # the weights have their own, which are not known yet
     return OmegaConf.to_object(cfg)
 
 
@@ -335,7 +341,7 @@ def check_paths(config: Any) -> None:
     """
     resume = getattr(config, "resume", None)
     for name, path in (("checkpoint", config.checkpoint), ("resume", resume)):
-        if path not in (None, "pretrained") and not Path(path).expanduser().exists():
+        if path not in (None, "pretrained") and not path.startswith(FOREIGN) and not Path(path).expanduser().exists():
             more = ", a .ckpt or .safetensors file, or pretrained" if name == "checkpoint" else ""
             raise InputError(f"{name}={path} does not exist; name a run's directory{more}")
     if resume is not None and not RunFiles(Path(resume).expanduser()).config.exists():

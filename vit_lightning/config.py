@@ -17,6 +17,7 @@ __all__ = ["ACCELERATORS", "DashboardConfig", "TrainerConfig"]  # the sections o
 
 SEED = 2**32 - 1  # the largest that NumPy takes
 IMPORTS = "Your own modules or .py files, which register parts: one, or a list."
+FOREIGN = ("timm:", "hf:")  # what the name of a network of another library begins with
 TRACEBACK = "Show the traceback of a mistake."
 
 
@@ -33,7 +34,8 @@ class ModelConfig:
     stem_depth: Any = key(0, "Residual convolutions per stage of the stem but the last: one number, or a list.", low=0)
     stem_se: bool = key(False, "Squeeze-and-excitation in each residual convolution of the stem.")
     position: str = key("learned", "Position embedding.", choices=("learned", "rotary"))
-    pool: str = key("cls", "What the head reads: a class token, or the patches' mean or learned mean.",
+    pool: str = key("cls", "What the head reads: a class token, or the patches' mean, normalised after the "
+                    "average with mean_norm, or learned mean.",
                     choices=register.pool)  # fmt: skip
     registers: int = key(0, "Learned tokens that only the blocks use.", low=0)
     channels: int | None = key(None, "Channels of an image; null follows the data.", low=1)
@@ -46,6 +48,7 @@ class ModelConfig:
     drop_path: float = key(0.0, "Probability of skipping a branch of the last block; rises linearly with depth.",
                            low=0, below=1)  # fmt: skip
     layer_scale: float | None = key(None, "Initial value of LayerScale; null for none.", low=0)
+    norm_eps: float = key(1e-6, "What layer norms add to the variance.", above=0)
     zero_init: bool = key(False, "Start the residual branches at zero.")
     mlp_head_units: list[int] = key([2048, 1024], "Hidden widths of the head; [] for a linear head.", low=1)
     head_dropout: float = key(0.5, "Dropout probability in the head.", low=0, below=1)
@@ -222,7 +225,11 @@ class Config:
     seed: int = key(0, "Seed of everything random but the split.", low=0, high=SEED)
     target_acc: float | None = key(None, "Stop once val/acc has reached this and val/acc5 target_acc5.", low=0, high=1)
     target_acc5: float | None = key(None, "See target_acc.", low=0, high=1)
-    checkpoint: str | None = key(None, "Weights to start from: pretrained, a run's directory or a file.")
+    checkpoint: str | None = key(
+        None,
+        "Weights to start from: pretrained, a run's directory, a file, or those of "
+        "another library: timm:NAME, timm:NAME:FILE, hf:NAME or hf:DIR.",
+    )
     test: bool = key(True, "Evaluate the best checkpoint on the test images at the end.")
     resume: str | None = key(None, "Directory of a run to continue with its own configuration; more "
                              "trainer.max_epochs, trainer.max_time or a higher target extends it.")  # fmt: skip
@@ -279,6 +286,11 @@ def check_checkpoint(checkpoint: str | None) -> None:
     """
     if checkpoint == "":
         raise InputError("checkpoint= is empty; set it to pretrained, a run's directory or a file")
+    if checkpoint in FOREIGN:
+        raise InputError(
+            f"checkpoint={checkpoint} lacks a name, as in {checkpoint}NAME; local weights are a file "
+            "(timm:NAME:FILE) or a directory (timm:DIR, hf:DIR)"
+        )
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -111,7 +111,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
 block = Registry("model.block", "vit_lightning.model.vit", "prenorm", "blog")
 patch_embed = Registry("model.patch_embed", "vit_lightning.model.stems", "unfold", "conv")
-pool = Registry("model.pool", "vit_lightning.model.layers", "cls", "mean", "attention")
+pool = Registry("model.pool", "vit_lightning.model.layers", "cls", "mean", "mean_norm", "attention")
 source = Registry(
     *("data.source", "vit_lightning.data.sources", "cifar100", "cifar10", "digits", "image_folder"),
     *("npz", "torchvision", "huggingface"),

@@ -103,7 +103,7 @@ def _check_domain(name: str, domain: Any) -> None:
         raise InputError(f"space: {name} on a log scale needs a positive low and no step")
 
 
-TRAINED = "Trained network: pretrained, a run's directory (its best checkpoint) or a file."
+TRAINED = "Trained network: pretrained, a run's directory (its best checkpoint), a file, timm:NAME or hf:NAME."
 TTA = "Average the probabilities of an image and its mirror image (test-time augmentation)."
 
 
@@ -158,8 +158,8 @@ class ExportConfig:
     prefix: ClassVar[str] = ""
 
     checkpoint: str = key("pretrained", TRAINED)
-    format: str = key("onnx", "safetensors writes the weights alone, at half precision.",
-                      choices=("onnx", "torch_export", "safetensors"))  # fmt: skip
+    format: str = key("onnx", "safetensors writes the weights alone, at half precision; timm writes what timm opens.",
+                      choices=("onnx", "torch_export", "safetensors", "timm"))  # fmt: skip
     data: DataConfig | None = None  # with safetensors, what the network was trained on, if its record differs
     licence: str = key("", "With safetensors, a note on what the weights may be used for.")
     seconds: float = key(1.0, "How long each speed is measured.", low=0)

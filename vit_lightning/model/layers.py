@@ -1,7 +1,8 @@
 """Layers that are independent of the block: dropout, scales, positions, pooling and the head.
 
 Axes as in :mod:`vit_lightning.model.vit`. A pool is built from D; its attribute ``class_token`` (default: False) says
-whether it receives the class token instead of the patches.
+whether it receives the class token instead of the patches, and ``final_norm`` (default: True) whether the network's
+final norm comes before it.
 """
 
 from collections.abc import Sequence
@@ -118,6 +119,21 @@ class MeanPool(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, D)."""
         return x.mean(dim=1)
+
+
+@register.pool("mean_norm")
+class MeanNormPool(MeanPool):
+    """Average the patches before the final norm instead of after it."""
+
+    final_norm = False
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, D)."""
+        return self.norm(super().forward(x))
 
 
 @register.pool("attention")

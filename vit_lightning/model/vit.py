@@ -31,8 +31,6 @@ from vit_lightning.model.layers import (
     rotate,
 )
 
-NORM_EPS = 1e-6
-
 
 class Attention(nn.Module):
     """Multi-head self-attention without a mask (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
@@ -101,10 +99,10 @@ class PreNormBlock(nn.Module):
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         D = config.embed_dim
-        self.norm1 = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.attn = Attention(D, config.heads)
         self.drop = Dropout(config.dropout)
-        self.norm2 = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm2 = nn.LayerNorm(D, eps=config.norm_eps)
         out = nn.Linear(config.mlp_dim, D)
         self.mlp = nn.Sequential(nn.Linear(D, config.mlp_dim), nn.GELU(), Dropout(config.dropout), out)
         scale = config.layer_scale
@@ -133,15 +131,15 @@ class BlogBlock(nn.Module):
     def __init__(self, config: ModelConfig, drop_path: float = 0.0) -> None:
         super().__init__()
         D = config.embed_dim
-        self.norm_in = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm_in = nn.LayerNorm(D, eps=config.norm_eps)
         self.attn = Attention(D, config.heads)
         self.drop = Dropout(config.dropout)
-        self.norm_1 = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm_1 = nn.LayerNorm(D, eps=config.norm_eps)
         self.ffn = nn.Sequential(
             *(nn.Linear(D, config.mlp_dim), nn.GELU(), Dropout(config.dropout)),
             *(nn.Linear(config.mlp_dim, D), nn.GELU(), Dropout(config.dropout)),
         )
-        self.norm_2 = nn.LayerNorm(D, eps=NORM_EPS)
+        self.norm_2 = nn.LayerNorm(D, eps=config.norm_eps)
 
     def forward(self, x: Tensor, queries: int | None = None, rotation: Tensor | None = None) -> Tensor:
         """(B, N, D) to (B, N, D), or only the first ``queries`` tokens of it, at their cost."""
@@ -186,7 +184,8 @@ class ViT(nn.Module):
         rates = torch.linspace(0, config.drop_path, config.layers).tolist()  # rises with depth
         self.blocks = nn.ModuleList(register.block.build(config.block, config.options, config, rate) for rate in rates)
         last = self.blocks[-1]
-        self.norm = nn.LayerNorm(D, eps=NORM_EPS) if getattr(last, "final_norm", True) else nn.Identity()
+        final_norm = getattr(last, "final_norm", True) and getattr(register.pool[config.pool], "final_norm", True)
+        self.norm = nn.LayerNorm(D, eps=config.norm_eps) if final_norm else nn.Identity()
         self.takes = inspect.signature(last.forward).parameters.keys() & {"queries", "rotation"}
         if self.rotary is not None and "rotation" not in self.takes:
             raise InputError(f"model.position=rotary needs a block whose forward takes rotation, not {config.block}")

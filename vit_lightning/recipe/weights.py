@@ -4,7 +4,7 @@ import json
 import pickle
 import sys
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vit_lightning import register
-from vit_lightning.config import ModelConfig
+from vit_lightning.config import FOREIGN, Config, ModelConfig, OptimConfig
 from vit_lightning.files import RunFiles, write_atomic
-from vit_lightning.keys import InputError
+from vit_lightning.keys import InputError, Invocation
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.foreign import read_foreign
 from vit_lightning.terminal import is_first
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained.safetensors"
@@ -75,11 +76,14 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
 
     Args:
         checkpoint: ``pretrained`` (the network in this package), a run's directory (its best checkpoint), or a file: a
-            ``.ckpt`` of a run or a ``.safetensors`` of :func:`publish`.
+            ``.ckpt`` of a run or a ``.safetensors`` of :func:`publish`; or a network of another library, as
+            :mod:`vit_lightning.recipe.foreign` reads it.
 
     Raises:
         InputError: if the file does not exist, or contains no valid classifier of this project.
     """
+    if checkpoint.startswith(FOREIGN):
+        return load_foreign(checkpoint)
     path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if path.is_dir():
         path = RunFiles(path).best
@@ -115,6 +119,17 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
     return classifier.eval()
 
 
+def load_foreign(checkpoint: str) -> ViTClassifier:
+    """Open a classifier of timm or Hugging Face, as :func:`load_classifier` does."""
+    weights = read_foreign(checkpoint)
+    if not weights.class_names:
+        raise InputError(f"checkpoint={checkpoint} has no head and so no classes; train one with vit_lightning.train")
+    optim = asdict(OptimConfig())
+    classifier = ViTClassifier(asdict(weights.model), optim, weights.class_names, weights.mean, weights.std)
+    classifier.net.load_state_dict(weights.state)
+    return classifier.eval()
+
+
 def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, path: Path) -> None:
     """Write a classifier to one safetensors file, at half precision.
 
@@ -132,6 +147,36 @@ def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, pat
     write_atomic(path, save(state, {"hparams": hparams, "record": json.dumps(record), "licence": licence}))
 
 
+def follow_weights(config: Config, invocation: Invocation) -> Config:
+    """Give a new run the network of its foreign weights; ``model.image_size`` and the head's widths may be chosen.
+
+    Raises:
+        InputError: if the weights cannot be read, or a key of ``model`` that was set contradicts them.
+    """
+    checkpoint = config.checkpoint
+    if checkpoint is None or not checkpoint.startswith(FOREIGN) or config.resume is not None:
+        return config
+    theirs, ours, default = asdict(read_foreign(checkpoint).model), asdict(config.model), asdict(ModelConfig())
+    typed = {key.removeprefix("model.") for key in invocation.keys}
+    if invocation.overrides is None:  # from Python
+        typed = {key for key in ours if ours[key] != default[key]}
+    if "model" in typed:
+        raise InputError(f"checkpoint={checkpoint} has its own network; remove model=")
+    kept = MAY_DIFFER - ({"image_size", "mlp_head_units"} - typed)
+    for key in sorted(typed & theirs.keys() - kept):
+        if ours[key] != theirs[key]:
+            raise InputError(f"checkpoint={checkpoint} has model.{key}={theirs[key]}; remove model.{key}")
+    side, patch_size = ours["image_size"], theirs["patch_size"]
+    if "image_size" in kept and side % patch_size:
+        fitting = max(1, round(side / patch_size)) * patch_size
+        raise InputError(
+            f"model.image_size={side} is not divisible by the patches of checkpoint={checkpoint}, "
+            f"model.patch_size={patch_size}; try model.image_size={fitting}"
+        )
+    model = replace(config.model, **{key: value for key, value in theirs.items() if key not in kept})
+    return replace(config, model=model)
+
+
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
     """Copy the weights of a trained classifier into another, including the head if their classes are the same.
 
@@ -145,18 +190,25 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
     Raises:
         InputError: if the architectures of the two networks differ.
     """
-    trained = load_classifier(checkpoint)
-    theirs, ours = (asdict(ModelConfig(**network.hparams["model"])) for network in (trained, classifier))
+    ours, class_names = asdict(ModelConfig(**classifier.hparams["model"])), classifier.hparams["class_names"]
+    if checkpoint.startswith(FOREIGN):
+        weights = read_foreign(checkpoint)
+        theirs, state = asdict(weights.model), dict(weights.state)
+        same_classes = weights.class_names in (class_names, [str(number) for number in range(len(class_names))])
+        normalise_as(classifier, weights.mean, weights.std)
+        read_foreign.cache_clear()
+    else:
+        trained = load_classifier(checkpoint)
+        theirs, state = asdict(ModelConfig(**trained.hparams["model"])), trained.net.state_dict()
+        same_classes = trained.hparams["class_names"] == class_names
+        if same_classes and is_first():
+            warn_of_seen_images(checkpoint, trained.hparams["data"], classifier.hparams["data"])
     for key, value in theirs.items():
         if key not in MAY_DIFFER and value != ours[key]:
             raise InputError(
                 f"checkpoint={checkpoint} has model.{key}={value}, but this run has model.{key}={ours[key]}; "
                 f"set model.{key}={value}"
             )
-    same_classes = trained.hparams["class_names"] == classifier.hparams["class_names"]
-    if same_classes and is_first():
-        warn_of_seen_images(checkpoint, trained.hparams["data"], classifier.hparams["data"])
-    state = trained.net.state_dict()
     first = next(name for name in state if name.startswith("patch_embed."))  # the weight of the first layer
     state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
@@ -165,6 +217,15 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         new = classifier.net.state_dict()
         state = {name: (new if name.startswith("head.") else state)[name] for name in new}
     classifier.net.load_state_dict(state)
+
+
+def normalise_as(classifier: ViTClassifier, *statistics: list[float]) -> None:
+    """Replace the mean and the standard deviation of a classifier, averaged if the number of channels differs."""
+    for name, values in zip(("mean", "std"), statistics, strict=True):
+        own = classifier.get_buffer(name)
+        new = values if len(values) == len(own) else [sum(values) / len(values)] * len(own)
+        own.copy_(torch.tensor(new))
+        classifier.hparams[name] = new
 
 
 def warn_of_seen_images(checkpoint: str, theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:

@@ -90,7 +90,7 @@ class Dashboard(Callback):
         if trainer.global_step == 0 and self.config.dashboard.batch and trainer.is_global_zero:
             assert isinstance(pl_module, ViTClassifier)
             images, labels = (part[:IMAGES].cpu() for part in pl_module.augmented(*batch))
-            pictures = denormalise(images, self.data.mean, self.data.std).permute(0, 2, 3, 1).numpy()
+            pictures = denormalise(images, pl_module.mean.cpu(), pl_module.std.cpu()).permute(0, 2, 3, 1).numpy()
             with warn_instead("batch"):
                 titles = [self._title(label) for label in labels]
                 figure = draw_images(pictures, titles, title="Training images, augmented")

@@ -32,7 +32,7 @@ from vit_lightning.provenance import provenance
 from vit_lightning.recipe.augment import denormalise, eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.optim import ema_update
-from vit_lightning.recipe.weights import load_classifier, start_from
+from vit_lightning.recipe.weights import follow_weights, load_classifier, start_from
 from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters, run_name
@@ -73,7 +73,7 @@ def train(
     quiet_lightning()
     tune_malloc()
     invocation = invocation or from_python()
-    config = replace(config, trainer=resolve_precision(config.trainer))
+    config = replace(follow_weights(config, invocation), trainer=resolve_precision(config.trainer))
     with (
         out_of_memory_hint("data.batch_size, model.image_size, or the number and width of the model's layers"),
         lock_run(config, share_run_dir(run_dir), invocation) as run,
@@ -123,12 +123,13 @@ def open_data(run: Run) -> ImageData:
 def build_classifier(run: Run, data: ImageData) -> ViTClassifier:
     """A new classifier, with the weights of ``config.checkpoint`` if a new run has one."""
     config = run.config
+    own: Any = run.content["hyper_parameters"] if run.content is not None else {}  # start_from may have changed them
     classifier = ViTClassifier(
         model=asdict(config.model),
         optim=asdict(config.optim),
         class_names=data.class_names,
-        mean=data.mean.tolist(),
-        std=data.std.tolist(),
+        mean=own.get("mean", data.mean.tolist()),
+        std=own.get("std", data.std.tolist()),
         data=asdict(config.data),
         augment=asdict(config.augment),
         seed=config.seed,
