@@ -26,20 +26,14 @@ IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard dev
 TOLERANCE = 1e-4  # greatest difference from the library's output, relative to its largest value if that exceeds 1
 
 TIMM = (  # what a part is called in timm, and what here
-    ("patch_embed.proj.", "patch_embed."),
-    ("mlp.fc1.", "mlp.0."),
-    ("mlp.fc2.", "mlp.3."),
-    ("ls1.", "scale1."),
-    ("ls2.", "scale2."),
-    ("fc_norm.", "pool.norm."),
-    ("head.", "head.0."),
+    *(("patch_embed.proj.", "patch_embed."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.3."), ("ls", "scale")),
+    *(("fc_norm.", "pool.norm."), ("head.", "head.0.")),
 )
 HF = (  # patterns of the names in transformers, and what timm calls them
-    (r"^vit\.", ""),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.register_tokens$", "reg_token"),
+    (r"^(vit\.)?(embeddings\.)?", ""),
+    (r"^patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^position_embeddings$", "pos_embed"),
+    (r"^register_tokens$", "reg_token"),
     (r"^(layers|encoder\.layer)\.", "blocks."),
     (r"\.attention\.o_proj\.", ".attn.proj."),
     (r"\.layernorm_before\.", ".norm1."),
@@ -52,20 +46,12 @@ HF = (  # patterns of the names in transformers, and what timm calls them
 
 @dataclass(frozen=True, slots=True)
 class ForeignWeights:
-    """A network of another library.
+    """A network of another library."""
 
-    Attributes:
-        model: the configuration of the same network here, with one class if it has no head.
-        state: its weights under the names of :class:`~vit_lightning.model.vit.ViT`, without a head if it has none.
-        class_names: names of its classes, or their numbers if they have no names; empty if it has no head.
-        mean: of each channel, for normalising images in [0, 1].
-        std: of each channel, likewise.
-    """
-
-    model: ModelConfig
-    state: dict[str, Tensor]
-    class_names: list[str]
-    mean: list[float]
+    model: ModelConfig  # of the same network here, with one class if it has no head
+    state: dict[str, Tensor]  # under the names of ViT, without a head if it has none
+    class_names: list[str]  # numbers if the classes have no names; empty if it has no head
+    mean: list[float]  # of each channel, for normalising images in [0, 1]
     std: list[float]
 
 
@@ -125,14 +111,13 @@ def from_timm(model: Any) -> ForeignWeights:
     names, subset = about.get("label_names"), timm.data.infer_imagenet_subset(model)
     if not names and subset is not None:
         names = timm.data.ImageNetInfo(subset).label_descriptions()
-    pool = {"token": "cls", "avg": "mean" if isinstance(model.fc_norm, nn.Identity) else "mean_norm"}
-    if model.global_pool not in pool or (model.pool_include_prefix and model.global_pool == "avg"):
+    pools = {"token": "cls", "avg": "mean" if isinstance(model.fc_norm, nn.Identity) else "mean_norm"}
+    pool = pools.get(model.global_pool)
+    if pool is None or (model.pool_include_prefix and pool != "cls"):
         raise InputError(f"timm's global_pool={model.global_pool} has no equivalent in this project")
     block: Any = model.blocks[0]
     positioned = 0 if model.no_embed_class else model.num_prefix_tokens
-    config, state = convert(
-        model.state_dict(), block.attn.num_heads, block.norm1.eps, pool[model.global_pool], positioned
-    )
+    config, state = convert(model.state_dict(), block.attn.num_heads, block.norm1.eps, pool, positioned)
     statistics = [list(about.get(key, usual)) for key, usual in zip(("mean", "std"), IMAGENET, strict=True)]
     return checked(model, config, state, list(names or ()), *statistics)
 
@@ -141,8 +126,7 @@ def read_hf(name: str) -> ForeignWeights:
     """Read a model of the hub, or a directory, with transformers."""
     import transformers
 
-    path = Path(name).expanduser()
-    place = str(path) if path.is_dir() else name
+    place = str(path) if (path := Path(name).expanduser()).is_dir() else name
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(place)
@@ -166,10 +150,7 @@ def read_hf(name: str) -> ForeignWeights:
 def from_hf(model: Any, mean: list[float] | None = None, std: list[float] | None = None) -> ForeignWeights:
     """Convert a ViT, with or without a head, or a DINOv2 of transformers.
 
-    Args:
-        model: the network.
-        mean: of its image processor; ``None`` for the usual one, which is 0.5 for ViT and ImageNet's for DINOv2.
-        std: likewise.
+    Without the mean and standard deviation of its image processor, they are 0.5 for ViT and ImageNet's for DINOv2.
 
     Raises:
         InputError: if it has no equivalent here.
@@ -179,7 +160,7 @@ def from_hf(model: Any, mean: list[float] | None = None, std: list[float] | None
         for pattern, timm_name in HF:
             name = re.sub(pattern, timm_name, name)
         state[name] = value
-    state.pop("embeddings.mask_token", None)  # for pretraining only
+    state.pop("mask_token", None)  # for pretraining only
     for name in [name for name in state if ".attention.q_proj." in name]:
         parts = [state.pop(name.replace("q_proj", f"{letter}_proj")) for letter in "qkv"]
         state[name.replace("attention.q_proj", "attn.qkv")] = torch.cat(parts)
@@ -217,24 +198,13 @@ def convert(
     state |= {name: value for name, value in own.items() if value.shape[1]}
     state["pos_embed"] = torch.cat([positions.new_zeros(1, first, D), positions[:, positioned:]], dim=1)
     state["patch_embed.weight"] = weight.flatten(1)
-    config = ModelConfig(
-        image_size=side * patch_size,
-        patch_size=patch_size,
-        pool=pool,
-        channels=channels,
-        embed_dim=D,
-        heads=heads,
-        norm_eps=eps,
-        dropout=0.0,
-        mlp_head_units=[],
-        head_dropout=0.0,
-        num_classes=len(state.get("head.0.weight", [None])),
-        layers=sum(name.endswith(".norm1.weight") for name in state),
-        mlp_dim=len(state.get("blocks.0.mlp.0.weight", [None])),
-        registers=tokens.shape[1] - first,
-        layer_scale=1.0 if "blocks.0.scale1.gamma" in state else None,
-    )
-    return config, state
+    shape: dict[str, Any] = dict(pool=pool, channels=channels, embed_dim=D, heads=heads, norm_eps=eps)
+    shape |= dict(image_size=side * patch_size, patch_size=patch_size, registers=tokens.shape[1] - first)
+    shape |= dict(layers=sum(name.endswith(".norm1.weight") for name in state))
+    widths = [len(state.get(name, [None])) for name in ("blocks.0.mlp.0.weight", "head.0.weight")]
+    shape |= dict(mlp_dim=widths[0], num_classes=widths[1], dropout=0.0, mlp_head_units=[], head_dropout=0.0)
+    shape |= dict(layer_scale=1.0 if "blocks.0.scale1.gamma" in state else None)
+    return ModelConfig(**shape), state
 
 
 def rename(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
