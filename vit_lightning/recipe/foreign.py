@@ -65,7 +65,8 @@ def read_foreign(checkpoint: str) -> ForeignWeights:
     """
     kind, _, name = checkpoint.partition(":")
     library, local = {"timm": ("timm", "timm:NAME:FILE"), "hf": ("transformers", "hf:DIRECTORY")}[kind]
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it reports every attempt to connect
+    for reporter in ("huggingface_hub", "timm"):  # they log every attempt to connect
+        logging.getLogger(reporter).setLevel(logging.ERROR)
     try:
         return {"timm": read_timm, "hf": read_hf}[kind](name)
     except InputError as error:

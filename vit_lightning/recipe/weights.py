@@ -195,20 +195,21 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
         weights = read_foreign(checkpoint)
         theirs, state = asdict(weights.model), dict(weights.state)
         same_classes = weights.class_names in (class_names, [str(number) for number in range(len(class_names))])
+        data = None
         normalise_as(classifier, weights.mean, weights.std)
         read_foreign.cache_clear()
     else:
         trained = load_classifier(checkpoint)
         theirs, state = asdict(ModelConfig(**trained.hparams["model"])), trained.net.state_dict()
-        same_classes = trained.hparams["class_names"] == class_names
-        if same_classes and is_first():
-            warn_of_seen_images(checkpoint, trained.hparams["data"], classifier.hparams["data"])
+        same_classes, data = trained.hparams["class_names"] == class_names, trained.hparams["data"]
     for key, value in theirs.items():
         if key not in MAY_DIFFER and value != ours[key]:
             raise InputError(
                 f"checkpoint={checkpoint} has model.{key}={value}, but this run has model.{key}={ours[key]}; "
                 f"set model.{key}={value}"
             )
+    if same_classes and is_first():
+        warn_of_seen_images(checkpoint, data, classifier.hparams["data"])
     first = next(name for name in state if name.startswith("patch_embed."))  # the weight of the first layer
     state[first] = convert_channels(state[first], theirs["channels"], ours["channels"])
     if "pos_embed" in state:
