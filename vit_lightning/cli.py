@@ -37,14 +37,14 @@ from vit_lightning.messages import help_text, is_mistake, keys_meant, keys_of, o
 from vit_lightning.schemas import CONF, SCHEMAS, options_of
 from vit_lightning.terminal import escape_unencodable, relative
 
-OPTIONS = {  # of Hydra's command line; anything else that begins with a dash is a mistake
+OPTIONS = {  # Hydra's options; anything else that begins with a dash is a mistake
     *("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc"),
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i", "--version"),
     *("--hydra-help", "--experimental-rerun"),
 }
 
 
-NAME_BYTES = 200  # of a directory; most file systems take 255
+NAME_BYTES = 200  # length of a job's directory name; most file systems take 255
 OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that have no declaration in the schema
 
 
@@ -95,7 +95,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises exceptions instead of printing its own report
     try:
-        flags = [item for item in typed if item in ("-m", "--multirun")]  # argparse takes none between two settings
+        flags = [item for item in typed if item in ("-m", "--multirun")]  # argparse refuses flags between two settings
         rest = [item for item in typed if item not in flags]
         first = next((i for i, item in enumerate(rest) if "=" in item and not item.startswith("-")), len(rest))
         sys.argv[1:] = [*flags, *rest[:first], *check_overrides(typed, schema), *rest[first:]]
@@ -106,7 +106,7 @@ def run_command(name: str, task: str, text: str | None) -> None:
         sys.exit(one_line(error, schema))
     finally:
         sys.argv[1:] = typed
-    if failed:  # without error.txt, of which SweepEnd would have known
+    if failed:  # their error.txt could not be written, or SweepEnd would have exited
         sys.exit(f"error: {failed} of the sweep's jobs failed")
 
 
@@ -139,7 +139,7 @@ def check_options(typed: list[str], schema: type) -> None:
 def report_failure(settings: Any, run_dir: Path, message: str) -> None:
     """Print why a job of a sweep failed, and write it into the job's directory."""
     print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
-    with contextlib.suppress(OSError):  # a directory that cannot be written
+    with contextlib.suppress(OSError):  # the directory may not be writable
         text = f"{' '.join(settings.overrides.task)}\n{message}\n"
         write_atomic(run_dir / ERROR, text.encode("utf-8", "backslashreplace"))
 
@@ -147,11 +147,11 @@ def report_failure(settings: Any, run_dir: Path, message: str) -> None:
 def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
     """Check the configuration, import the task and call it."""
     settings, schema = HydraConfig.get(), SCHEMAS[name]
-    if not os.access(run_dir, os.W_OK):  # said now, not when the work is done
+    if not os.access(run_dir, os.W_OK):  # reported before the work, not after it
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
     if settings.job.chdir:
         raise InputError("hydra.job.chdir=true is not supported; paths are relative to where the command is typed")
-    (run_dir / ERROR).unlink(missing_ok=True)  # of an earlier attempt
+    (run_dir / ERROR).unlink(missing_ok=True)  # left by an earlier attempt
     config = to_config(cfg, schema)
     check_paths(config)
     overrides = list(settings.overrides.task)
@@ -184,12 +184,12 @@ def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
         InputError: if its class cannot be imported, or does not take the arguments.
     """
     target = str(settings.get("_target_"))
-    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it reports what is raised here
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it logs what is raised below
     try:
         takes = inspect.signature(hydra.utils.get_object(target)).parameters
         places = {"save_dir": str(run_dir), "dirpath": str(run_dir / "checkpoints")}
         return hydra.utils.instantiate({**{name: places[name] for name in places if name in takes}, **settings})
-    except Exception as error:  # whatever the class raises
+    except Exception as error:  # the class may raise anything
         cause = error.__cause__ or error
         [reason, *_] = str(cause).splitlines() or [""]
         raise InputError(f"_target_={target} cannot be built ({type(cause).__name__}: {reason})") from error
@@ -227,13 +227,13 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
     Raises:
         InputError: if a setting is not possible, or a list of values is empty or repeats a value.
     """
-    given = [item for item in arguments if ("=" in item and item[0] != "-") or item[0] == "~"]  # no --cfg job
+    given = [item for item in arguments if ("=" in item and item[0] != "-") or item[0] == "~"]  # leaves out --cfg job
     try:
         settings = OverridesParser.create().parse_overrides(given)
     except OverrideParseException:
         return []  # Hydra reports it
     chosen = {setting.key_or_group for setting in settings}
-    fixed: dict[str, bool] = {}  # the last of a key that is set twice counts
+    fixed: dict[str, bool] = {}  # if a key is set twice, the last one counts
     for setting in settings:
         check_setting(setting, schema, chosen)
         name, value = setting.key_or_group, setting.value()

@@ -13,7 +13,7 @@ from vit_lightning import register
 from vit_lightning.keys import InputError, as_list, check_values, key
 from vit_lightning.trainer_config import ACCELERATORS, DashboardConfig, TrainerConfig
 
-__all__ = ["ACCELERATORS", "DashboardConfig", "TrainerConfig"]  # the sections of another file
+__all__ = ["ACCELERATORS", "DashboardConfig", "TrainerConfig"]  # declared in trainer_config.py
 
 SEED = 2**32 - 1  # the largest that NumPy takes
 IMPORTS = "Your own modules or .py files, which register parts: one, or a list."

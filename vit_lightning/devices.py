@@ -113,7 +113,7 @@ def out_of_memory_hint(reduce: str) -> Iterator[None]:
 
 def compile_network(net: nn.Module, device: torch.device) -> None:
     """Compile ``net`` in place when it is first used, keeping its parameters' names; or report why that fails."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of CUDA missing on a CPU
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # silences a warning that CUDA is missing
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing or broken compiler raises many types
@@ -130,7 +130,7 @@ def quiet_lightning() -> None:
     for message in (
         ".*does not have many workers",  # loading in the training process is fastest here
         ".*smaller than the logging interval",  # curves continue across epochs
-        ".*model that overrides the configure_model callback",  # concerns averaging with fsdp, which is refused
+        ".*model that overrides the configure_model callback",  # applies to averaging with fsdp, which is refused
         ".*It is recommended to use `self.log.'speed/",  # speed and memory are those of the first process
         ".*Encountered `nan` values in tensor",  # StopAtNaN reports them
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch

@@ -102,7 +102,7 @@ def save_figure(figure: Any, path: Path) -> None:
 def remove_empty(run_dir: Path) -> None:
     """Remove a run's directory, and those above it that are below the working directory, as far as they are empty."""
     start = Path.cwd()
-    with contextlib.suppress(OSError):  # raised where one is not empty
+    with contextlib.suppress(OSError):  # rmdir fails on a directory that is not empty
         for folder in (run_dir, *run_dir.parents):
             if folder == run_dir or (folder.is_relative_to(start) and folder != start):
                 folder.rmdir()

@@ -56,7 +56,7 @@ def check_values(section: Any) -> None:
     """
     for declared in fields(section):
         if not declared.metadata:
-            continue  # a section of its own
+            continue  # a section, which checks itself
         value = getattr(section, declared.name)
         for item in value if isinstance(value, list) else [value]:
             problem = problem_of(declared, item)
@@ -136,7 +136,7 @@ def flatten(config: dict[str, Any]) -> dict[str, Any]:
 
 def sections(schema: type) -> dict[str, type]:
     """The sections of a configuration by name: ``model``, ``data`` … and their classes."""
-    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # of X | None, both
+    types = {field.name: get_args(field.type) or (field.type,) for field in fields(schema)}  # X | None has two types
     return {
         name: kind for name, kinds in types.items() for kind in kinds if isinstance(kind, type) and is_dataclass(kind)
     }

@@ -24,7 +24,7 @@ from vit_lightning.guard import FULL, fault_of
 from vit_lightning.keys import InputError, default_of, sections
 from vit_lightning.schemas import CONF, SCHEMAS, SearchRun, options_of
 
-COLUMN = 26  # of the explanations in --help
+COLUMN = 26  # where explanations begin in --help
 BARE_PATH = {"predict": "images", "evaluate": "checkpoint", "export": "checkpoint", "train": "data.root"}
 # What users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here: the first of
 # several that the command has.
@@ -123,7 +123,7 @@ def help_text(name: str, text: str) -> str:
 
 def key_table() -> str:
     """All keys of all commands as a table in Markdown."""
-    commands: dict[tuple[str, str], list[str]] = {}  # by key and meaning
+    commands: dict[tuple[str, str], list[str]] = {}  # the commands that have a key with this meaning
     for name, schema in SCHEMAS.items():
         for group, section in {**sections(schema), "": schema}.items():
             for field in (field for field in fields(section) if field.metadata):
@@ -174,7 +174,7 @@ def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str
     """
     if isinstance(error, InputError):
         return f"error: {error}"
-    fault = None if isinstance(error, MissingConfigException) else fault_of(error)  # which is an OSError too
+    fault = None if isinstance(error, MissingConfigException) else fault_of(error)  # it is an OSError too
     if fault is not None and isinstance(error, OSError) and error.filename and error.errno != errno.EMFILE:
         file = Path(str(error.filename))
         if run_dir is None or file.is_relative_to(run_dir):
@@ -276,6 +276,8 @@ def keys_meant(name: str, schema: type) -> list[str]:
     near = [key for key in keys if group not in parts or key.startswith(f"{group}.")]
     names = [key.rpartition(".")[2] for key in near] + (groups_of(command) if not group else [])
     matches = difflib.get_close_matches(rest, names, n=3, cutoff=0.8)
-    match = next((match for match in matches if abs(len(match) - len(rest)) < 2 or group), None)  # not train: trainer
+    match = next(
+        (match for match in matches if abs(len(match) - len(rest)) < 2 or group), None
+    )  # or train matches trainer
     close = [key for key in [*near, *groups_of(command)] if match and key.rpartition(".")[2] == match]
     return close if len(close) < 3 else []

@@ -42,7 +42,7 @@ class Registry(Mapping[str, Callable[..., Any]]):
         self.key = key
         self.home = home
         self.others = others
-        self._owners = dict.fromkeys(built_in, home)  # the module of each part
+        self._owners = dict.fromkeys(built_in, home)  # which module registers each part
         self._parts: dict[str, Callable[..., Any]] = {}
         self._settings: dict[str, dict[str, Field]] = {}
 
@@ -125,7 +125,7 @@ loss = Registry("optim.loss", "vit_lightning.recipe.optim", "cross_entropy", "bc
 metric = Registry("metrics", "vit_lightning.recipe.metrics", "balanced_acc", "f1")
 
 
-LOADED: set[str] = set()  # the imports so far, as they were named
+LOADED: set[str] = set()  # what load() has imported, as named by the user
 
 
 def check_options(prefix: str, options: dict[str, Any], *registries: Registry) -> None:
@@ -146,7 +146,7 @@ def check_options(prefix: str, options: dict[str, Any], *registries: Registry) -
         if not isinstance(values, dict):
             raise InputError(f"{prefix}options.{name}={values} must be settings, as in {prefix}options.{name}.x=1")
         if name not in list(registry):
-            continue  # a class of a library, which checks its arguments itself
+            continue  # a library's class checks its arguments itself
         declared = registry.settings(name)
         for each, value in values.items():
             typed = f"{prefix}options.{name}.{each}"
@@ -197,7 +197,7 @@ def load(imports: list[str]) -> None:
             LOADED.add(item)
         except InputError as error:
             raise InputError(f"imports={item}: {error}") from error
-        except Exception as error:  # whatever the user's code raises
+        except Exception as error:  # the user's code may raise anything
             [reason, *_] = str(error).splitlines() or [""]
             raise InputError(
                 f"imports={item} cannot be imported ({type(error).__name__}: {reason}); traceback=true shows where"

@@ -70,7 +70,7 @@ class SearchRun(Config):
             raise InputError("space= is empty; choose one, as in space=recipe, or write one into conf/space/")
         for name, domain in self.space.items():
             group, _, rest = name.rpartition(".")
-            if ".options." in name:  # of a registered part, which checks its own
+            if ".options." in name:  # registered parts check their own settings
                 pass
             elif not hasattr(getattr(self, group, None) if group else self, rest):
                 raise InputError(f"space: {name} is not a key of the configuration; --help lists them")
@@ -114,7 +114,7 @@ class EvaluateConfig:
     prefix: ClassVar[str] = ""
 
     checkpoint: str = key("pretrained", TRAINED)
-    data: DataConfig | None = None  # null for the images that the network was trained on
+    data: DataConfig | None = None  # null means the images that the network was trained on
     split: str = key("test", "The images to count.", choices=("train", "val", "test"))
     tta: bool = key(False, TTA)
     accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
@@ -160,7 +160,7 @@ class ExportConfig:
     checkpoint: str = key("pretrained", TRAINED)
     format: str = key("onnx", "safetensors writes the weights alone, at half precision; timm writes what timm opens.",
                       choices=("onnx", "torch_export", "safetensors", "timm"))  # fmt: skip
-    data: DataConfig | None = None  # with safetensors, what the network was trained on, if its record differs
+    data: DataConfig | None = None  # for safetensors: the training data, if the record differs
     licence: str = key("", "With safetensors, a note on what the weights may be used for.")
     seconds: float = key(1.0, "How long each speed is measured.", low=0)
     imports: Any = key(list, IMPORTS)
@@ -173,7 +173,7 @@ class ExportConfig:
 
 
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
-SCHEMAS: dict[str, type] = {  # by command, which is also the name of its file in conf/
+SCHEMAS: dict[str, type] = {  # keyed by command, which also names its file in conf/
     "train": Config,
     "benchmark": BenchmarkRun,
     "search": SearchRun,

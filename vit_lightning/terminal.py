@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from lightning_utilities.core.rank_zero import rank_zero_only
-from rich.box import HEAVY_HEAD  # what ends in a mistake needs no tables
+from rich.box import HEAVY_HEAD  # rich.table is imported where a table is printed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -38,7 +38,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         left: columns that are words, aligned left and broken where the terminal is narrow; the others are numbers.
     """
     terminal = sys.stdout.isatty()
-    width = None if terminal else 10_000  # no window: a row a line
+    width = None if terminal else 10_000  # without a window, every row fits on one line
     console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)  # [x] in a name is no style
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for number, name in enumerate(header):
@@ -51,7 +51,7 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
             table.add_row(*row)
         else:
             table.add_section()
-    with console.capture() as text:  # a Console ends the process without a word if its pipe is closed
+    with console.capture() as text:  # a Console exits silently if its pipe is closed
         console.print(table)
     print(title)
     print(text.get(), end="")
@@ -73,7 +73,7 @@ def relative(path: Path) -> str:
     """The path as a person would type it from here."""
     try:
         return str(path.relative_to(Path.cwd()))
-    except (ValueError, FileNotFoundError):  # elsewhere, or this directory was deleted
+    except (ValueError, FileNotFoundError):  # the path is elsewhere, or the working directory was deleted
         return str(path)
 
 

@@ -1,6 +1,7 @@
 """The benchmark command, at sizes that take seconds. What it measures is not asserted: that is the machine's."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ def test_the_command_measures_prints_and_keeps(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     # A loader worker of the tutorial's script may abort as it is stopped (one in thousands), which torch reports.
-    assert "Warning" not in result.stderr and "error:" not in result.stderr
+    assert not re.search("Warning|error:", result.stderr)
     [path] = tmp_path.glob("outputs/*/*/benchmark.json")
     report = json.loads(path.read_text())
     for group, contestants in report["speeds"].items():

@@ -36,7 +36,7 @@ def to_onnx(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, 
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
         raise InputError(f'format=onnx needs {error.name}: pip install -e ".[export]"') from error
-    for name in ("onnxscript", "onnx_ir"):  # these log every node that they remove
+    for name in ("onnxscript", "onnx_ir"):  # they log every node that they remove
         logging.getLogger(name).setLevel(logging.WARNING)
     with contextlib.redirect_stdout(io.StringIO()):  # hides the progress report
         onnx = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=["logits"])

@@ -62,7 +62,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None
     """
     if config.model.block != "prenorm" or config.trainer.precision != "32-true":
         raise InputError("the benchmark compares model.block=prenorm at trainer.precision=32-true; remove both")
-    memory = peak_memory(config)  # while this process is small: a child's peak begins at its parent's
+    memory = peak_memory(config)  # measured while this process is small: a child's peak begins at its parent's
     quiet_lightning()
     check_accelerator(config.trainer)
     record = provenance(invocation or from_python())

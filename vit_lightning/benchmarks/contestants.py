@@ -197,7 +197,7 @@ def matmul_rate(config: BenchmarkRun, data: ImageData, device: torch.device) -> 
     """Operations per second of square float32 matrix products: the practical limit of the machine."""
     side = 2048
     matrices = torch.randn(2, side, side, device=device)
-    rows = speed(torch.matmul, repeat((matrices[0], matrices[1])), with_steps(config, 1 / 4))  # per second
+    rows = speed(torch.matmul, repeat((matrices[0], matrices[1])), with_steps(config, 1 / 4))  # matrix rows per second
     return rows * 2 * side**2
 
 

@@ -20,7 +20,7 @@ from vit_lightning.data.images import LISTED, describe_unreadable
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import is_first
 
-PARTS = ("train", "val", "test")  # that a source may have
+PARTS = ("train", "val", "test")  # the parts that a source may have
 
 
 @dataclass(slots=True)
@@ -94,14 +94,12 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
     key = hashlib.sha256(os.fsencode(f"{root} {config.stored_size}{options}")).hexdigest()[:12]
     cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
     skip = config.skip_unreadable
-    arrays = read_cache(
-        cache, source.identify(), image_size, skip
-    )  # without the lock, which needs a writable directory
+    arrays = read_cache(cache, source.identify(), image_size, skip)  # no lock, which needs a writable directory
     if arrays is not None:
         return arrays
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache.with_name(f".{cache.name}.lock")):  # of two first starts at once, one downloads and decodes
+        with FileLock(cache.with_name(f".{cache.name}.lock")):  # if two runs start at once, one downloads and decodes
             arrays = read_cache(cache, source.identify(), image_size, skip)
             if arrays is None:
                 decoded = source.decode()
@@ -200,7 +198,7 @@ def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadabl
     Raises:
         InputError: if images cannot be read, unless they are to be skipped and others of each class remain.
     """
-    for left in cache.parent.glob(f".{cache.name}-*"):  # by a process that was killed
+    for left in cache.parent.glob(f".{cache.name}-*"):  # left by a process that was killed
         shutil.rmtree(left)
     new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
     try:
@@ -254,7 +252,7 @@ def _write_part(folder: Path, part: str, content: ImageSet, problems: list[Input
         shape = images.shape[1:]
     kept = []
     pixels = hashlib.sha256()
-    with (folder / f"{part}_images.npy").open("wb") as file:  # not through a memory map: a full disk kills those
+    with (folder / f"{part}_images.npy").open("wb") as file:  # on a full disk, a memory map would kill us
         # NumPy leaves room in the header for another number of images.
         np.lib.format.write_array_header_1_0(file, _header(len(labels), shape))
         start = file.tell()

@@ -18,7 +18,7 @@ from vit_lightning.data.images import decode_all, fingerprint, image_size, is_hi
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import is_first, with_bar
 
-PART_NAMES = {  # of directories and in a CSV file
+PART_NAMES = {  # names of directories, and in a CSV file's split column
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
@@ -26,7 +26,7 @@ PART_NAMES = {  # of directories and in a CSV file
 MAX_OWN_SIZE = 256  # pixels; larger images are kept at the size that the network sees, or they would fill the disk
 LAYOUTS = "data.root needs train/<class>/* and test/<class>/* (or val/), <class>/* alone, or is a CSV file"
 
-Listing = dict[str, dict[str, list[Path]]]  # files by part and class
+Listing = dict[str, dict[str, list[Path]]]  # lists files by part and class
 
 
 @register.source("image_folder")
@@ -190,7 +190,7 @@ def check_classes(root: Path, listing: Listing) -> None:
         InputError: if not.
     """
     if "train" not in listing:
-        return  # an evaluation, which compares the classes with the network's
+        return  # only evaluated, where the classes are compared with the network's
     if len(listing["train"]) < 2:
         raise InputError(f"data.root={root} has one class of training images; a classifier needs two or more")
     for part, classes in listing.items():

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from vit_lightning.keys import InputError
 
 ORIENTATION = 0x0112  # the EXIF tag
-UPRIGHT = {  # what undoes each of its values but 1
+UPRIGHT = {  # how to undo each value of the tag; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -32,11 +32,20 @@ UNREADABLE = (  # what Pillow raises on damaged files
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # 90 million pixels, or too large to read
 
 Image.init()
-OTHER_FORMATS = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "BUFR", "GRIB", "FITS"}  # need other programs, or are no pictures
+OTHER_FORMATS = {
+    "EPS",
+    "WMF",
+    "PDF",
+    "MPEG",
+    "HDF5",
+    "BUFR",
+    "GRIB",
+    "FITS",
+}  # need other programs, or are not pictures
 SUFFIXES = {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in OTHER_FORMATS
 }
-LISTED = 10  # files that an error names
+LISTED = 10  # number of files that an error names
 LARGE_FILE = 16 * 1024  # bytes; measured: 32 × 32 PNGs of 2 KB decode three times as fast in one thread as in two
 
 
@@ -93,7 +102,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
 
 def to_array(file: Image.Image, side: int, channels: int = 3) -> np.ndarray:
     """Convert a picture as :func:`decode_image` does."""
-    file.load()  # tags may come last
+    file.load()  # tags may be at the end of the file
     # Pillow's exif_transpose would write all tags again, and fails on odd ones.
     turn = UPRIGHT.get(file.getexif().get(ORIENTATION, 1))
     image = file if turn is None else file.transpose(turn)
@@ -115,7 +124,7 @@ def decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray | InputError
         yield from (_decoded(path, side) for path in paths)
         return
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 1024):  # by parts, so that results do not pile up
+        for start in range(0, len(paths), 1024):  # in parts, so that results do not pile up
             yield from pool.map(lambda path: _decoded(path, side), paths[start : start + 1024])
 
 

@@ -25,7 +25,7 @@ from vit_lightning.data.images import UNREADABLE, fingerprint, to_array, unreada
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import with_bar
 
-__all__ = ["folder", "load_arrays"]  # folder registers image_folder
+__all__ = ["folder", "load_arrays"]  # importing folder registers image_folder
 
 
 def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
@@ -66,7 +66,7 @@ def cifar(config: DataConfig, image_size: int) -> Source:
         order = {}
         for part, data in sets.items():
             files = kind.train_list if part == "train" else kind.test_list
-            batches = [_unpickle(place / file, md5) for file, md5 in files]  # torchvision leaves out the names
+            batches = [_unpickle(place / file, md5) for file, md5 in files]  # torchvision does not return file names
             order[part] = np.lexsort((list(chain.from_iterable(b["filenames"] for b in batches)), data.targets))
         return ImageSet(
             class_names=sets["train"].classes,
@@ -151,12 +151,12 @@ def taken(argument: str, train: Any, val: Any = None, test: Any = None, **others
     return {part: {argument: value, **others} for part, value in values.items() if value is not None}
 
 
-TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # its classification data sets, and their arguments
+TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # its classification data sets, and the arguments of each part
     name: parts
     for names, parts in (
         ("CIFAR10 CIFAR100 FashionMNIST KMNIST MNIST QMNIST USPS", taken("train", True, test=False)),
         ("EMNIST", taken("train", True, test=False, split="balanced")),
-        ("Caltech101 Caltech256 EuroSAT SEMEION SUN397", taken("download", True)),  # has one part
+        ("Caltech101 Caltech256 EuroSAT SEMEION SUN397", taken("download", True)),  # these have one part
         ("FER2013 Food101 GTSRB STL10 SVHN StanfordCars", taken("split", "train", test="test")),
         ("DTD FGVCAircraft Flowers102 PCAM RenderedSST2", taken("split", "train", "val", "test")),
         ("CLEVRClassification ImageNet Imagenette", taken("split", "train", "val")),
@@ -236,7 +236,9 @@ def of_huggingface(config: DataConfig, image_size: int) -> Source:
         labels = {
             part: np.array([-1 if value is None else value for value in data[label]]) for part, data in sets.items()
         }
-        known = {part: values for part, values in labels.items() if (values >= 0).any()}  # a test set's may be secret
+        known = {
+            part: values for part, values in labels.items() if (values >= 0).any()
+        }  # a test set's may be secret (-1)
         if not known:
             raise InputError(f"data.name={config.name} has no labels in its column {label}")
         images = {part: (sets[part], image) for part in known}

@@ -249,7 +249,7 @@ def build_schedule(
         if elapsed is not None:
             step = elapsed() * steps
         if step < warmup:
-            return min(1.0, (step + 1) / warmup)  # by time, step is not an integer
+            return min(1.0, (step + 1) / warmup)  # with a schedule by time, step is not an integer
         done = min(1.0, (step - warmup) / max(1, steps - warmup))
         height = register.schedule.build(config.schedule, config.options, done)
         return config.min_lr + (1 - config.min_lr) * height

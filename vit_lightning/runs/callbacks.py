@@ -104,9 +104,9 @@ class EpochRecorder(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         seconds, epoch_seconds = self._before
-        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # of an epoch that is continued
+        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # earlier if an epoch is continued
         if trainer.is_global_zero:
-            self.files.metrics.unlink(missing_ok=True)  # may have a row that comes again
+            self.files.metrics.unlink(missing_ok=True)  # its last row may be written again
             self._write(self.rows)
 
     def _write(self, rows: list[dict[str, float]]) -> None:
@@ -127,13 +127,13 @@ class EpochRecorder(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already that of the next one
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the rate is that of the next step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if 0 <= trainer.max_steps <= trainer.global_step:
-            trainer.should_stop = True  # so that the Trainer validates first
+            trainer.should_stop = True  # the Trainer then validates before it stops
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = not trainer.sanity_checking
@@ -258,7 +258,7 @@ class StopAtNaN(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step it is already that of the next one
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the rate is that of the next step
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -267,7 +267,7 @@ class StopAtNaN(Callback):
         if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
             return
         finite = bool(loss.isfinite())
-        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # together with the other processes
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # on all processes together
             return
         report = None if finite else self._report(trainer, pl_module, loss, batch_idx)
         reports = [report] * trainer.world_size

@@ -40,10 +40,10 @@ LAYOUT = {  # tags are regular expressions
         "top-5": ["Multiline", ["^accuracy/top5_train$", "^accuracy/top5_val$"]],
     }
 }
-IMAGES = 12  # of a training batch
-EXPLAINED = 6  # validation images whose attention is drawn
-HEADS = 6  # of the last block, likewise
-SIDE = 256  # of those images, in pixels, if they are files
+IMAGES = 12  # number of training images drawn
+EXPLAINED = 6  # number of validation images whose attention is drawn
+HEADS = 6  # number of heads of the last block drawn
+SIDE = 256  # side of those images in pixels, if they are read from files
 
 
 class Dashboard(Callback):
@@ -63,8 +63,8 @@ class Dashboard(Callback):
         self.name = name
         self.text = {**text, "config": yaml.safe_dump(asdict(config), sort_keys=False)}
         self.patches = patches
-        self._probabilities: list[Tensor] = []  # of the validation images so far in this epoch
-        self._step: dict[str, float] = {}  # what the curves with a point a step show of the present one
+        self._probabilities: list[Tensor] = []  # the validation images so far in this epoch
+        self._step: dict[str, float] = {}  # values of the current step, for the curves by step
         self._best: tuple[tuple[float, float], int, Tensor] | None = None  # val/acc and -val/loss, epoch, probabilities
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -82,7 +82,9 @@ class Dashboard(Callback):
         writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(self.config), trial_id=self.name))
         if self.config.dashboard.text:
             for title, text in self.text.items():
-                writer.add_text(title, "\n".join(f"    {line}" for line in text.splitlines()))  # as it is: a code block
+                writer.add_text(
+                    title, "\n".join(f"    {line}" for line in text.splitlines())
+                )  # indented, it is shown as it is
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -187,7 +189,7 @@ class Dashboard(Callback):
 
     def _best_predictions(self, classifier: ViTClassifier, best_epoch: int) -> Predictions:
         """The best checkpoint's predictions for the validation images, from its validation where they were kept."""
-        if self._best is None or self._best[1] != best_epoch:  # resumed after the best epoch, or several processes
+        if self._best is None or self._best[1] != best_epoch:  # the run was resumed since, or has several processes
             return predict_split(classifier, self.data, "val")
         probabilities = self._best[2]
         _, labels = self.data.stored("val", torch.arange(len(probabilities)))

@@ -170,7 +170,7 @@ def fit_and_test(
     patches = name_run(patches_of(data, config.model.patch_size), name)
     dashboard = Dashboard(config, data, name, {"command": record["command"]}, patches)
     if is_first():
-        files.summary.unlink(missing_ok=True)  # of a run that is extended
+        files.summary.unlink(missing_ok=True)  # the record of a run that is extended
         write_atomic(files.config, yaml.safe_dump(asdict(config), sort_keys=False))
         with warn_instead("patches"):
             save_figure(patches, files.patches)
@@ -189,7 +189,7 @@ def fit_and_test(
         raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
     # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
     tested = load_classifier(str(files.best))
-    tested.log_curves = False  # log_best does
+    tested.log_curves = False  # log_best logs the test metrics
     test = {}
     if config.test and len(data.indices["test"]):
         trainer.test(tested, datamodule=data, verbose=False)
@@ -199,7 +199,7 @@ def fit_and_test(
         summary = summarise(config, recorder, trainer, classifier, test)
         dashboard.log_best(trainer, summary)
         write_atomic(files.summary, json.dumps(summary, indent=2) + "\n")  # from here on the run is finished
-        best = load_classifier(str(files.best)) if config.trainer.strategy == "fsdp" else tested  # fsdp shards it
+        best = load_classifier(str(files.best)) if config.trainer.strategy == "fsdp" else tested  # fsdp shards tested
         dashboard.show_best(best.to(trainer.strategy.root_device), trainer, summary)
         show_results(summary, run)
     return recorder.best.get("val/acc", math.nan)

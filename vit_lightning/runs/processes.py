@@ -42,7 +42,7 @@ def placement(config: Config) -> dict[str, Any]:
     devices, nodes = count_devices(config)
     strategy: str | Strategy = "auto"
     if config.trainer.strategy == "ddp":
-        strategy = DDPStrategy(forward_sync_buffers=False)  # they are synchronised before each validation
+        strategy = DDPStrategy(forward_sync_buffers=False)  # buffers are synchronised before each validation instead
     elif config.trainer.strategy == "fsdp":
         strategy = ModelParallelStrategy(
             data_parallel_size=devices * nodes, tensor_parallel_size=1, save_distributed_checkpoint=False

@@ -62,7 +62,7 @@ class EpochBar(Callback):
             self._bar.update(self._task, advance=1, **changes)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # in an epoch that is continued
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not zero in an epoch that is continued
         self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", int(trainer.num_training_batches), done)
 
     def on_train_batch_end(

@@ -132,7 +132,7 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
-    if ours["callbacks"] != theirs["callbacks"]:  # what a run's file names is never built
+    if ours["callbacks"] != theirs["callbacks"]:  # callbacks that a run's file names are never built
         names = f"callbacks=[{','.join(saved.callbacks)}]"
         raise InputError(f"resume={config.resume} was trained with {names}; set them, with the same settings")
     for key, amount in (
@@ -238,7 +238,7 @@ def check_same_config(saved: Config, content: dict[str, Any], files: RunFiles, c
         trained = {
             name: asdict(section(**theirs[name])) for name, section in sections(Config).items() if theirs.get(name)
         }
-    except TypeError as error:  # a key that was renamed since
+    except TypeError as error:  # a key was renamed since
         raise InputError(f"{relative(checkpoint)} is of another version; {version_hint(files)}") from error
     if "seed" in theirs:
         trained["seed"] = theirs["seed"]

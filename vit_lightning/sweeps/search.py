@@ -28,8 +28,8 @@ try:
 except ImportError as error:
     raise InputError(f'vit_lightning.search needs {error.name}: pip install -e ".[search]"') from error
 
-BEST = 5  # trials that are listed
-FEW = 10  # trials below which importances mean little
+BEST = 5  # number of trials listed
+FEW = 10  # with fewer trials, importances mean little
 COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
 
 
@@ -82,7 +82,7 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
             return train(trial_config, run_dir / directory, report, Invocation(command, own))
         except MachineError:
             raise
-        except InputError as error:  # values that are not valid together
+        except InputError as error:  # the values are not valid together
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
 
@@ -107,14 +107,14 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Stud
     """
     settings = config.search
     url = settings.storage or f"sqlite:///{run_dir / 'study.db'}"
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # wait for another worker's write
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # waits for another worker's write
     pruner = (
         optuna.pruners.MedianPruner(n_startup_trials=settings.startup, n_warmup_steps=settings.warmup)
         if settings.prune
         else optuna.pruners.NopPruner()
     )
     try:
-        with FileLock(run_dir / ".study.lock"):  # of two first starts at once, only one creates the tables
+        with FileLock(run_dir / ".study.lock"):  # if two workers start at once, one creates the tables
             storage = optuna.storages.RDBStorage(
                 url,
                 engine_kwargs=options,
