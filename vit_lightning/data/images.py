@@ -32,16 +32,8 @@ UNREADABLE = (  # what Pillow raises on damaged files
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # 90 million pixels, or too large to read
 
 Image.init()
-OTHER_FORMATS = {
-    "EPS",
-    "WMF",
-    "PDF",
-    "MPEG",
-    "HDF5",
-    "BUFR",
-    "GRIB",
-    "FITS",
-}  # need other programs, or are not pictures
+# Formats that need other programs, or are not pictures.
+OTHER_FORMATS = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "BUFR", "GRIB", "FITS"}
 SUFFIXES = {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in OTHER_FORMATS
 }
