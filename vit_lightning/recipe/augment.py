@@ -5,15 +5,14 @@ A transform that is switched off costs nothing.
 Axes: B batch, C channels, h and w the source's height and width, S the network's image size.
 """
 
-import functools
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms import v2
 
 from vit_lightning.config import AugmentConfig
+from vit_lightning.recipe.policies import apply_policy
 
 
 def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
@@ -53,14 +52,7 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     if config.crop:
         images = random_crop(images, config.crop)
     if config.policy != "none":
-        policy = {
-            "trivial": v2.TrivialAugmentWide,
-            "rand": functools.partial(v2.RandAugment, magnitude=config.magnitude),
-            "auto": functools.partial(v2.AutoAugment, v2.AutoAugmentPolicy.CIFAR10),
-        }[config.policy]()
-        # One call for the batch would treat all images alike.
-        chosen = torch.rand(len(images)) < config.policy_prob if config.policy_prob < 1 else torch.ones(len(images))
-        images = torch.stack([policy(image) if use else image for image, use in zip(images, chosen, strict=True)])
+        images = apply_policy(images, config)
     if config.jitter:
         images = colour_jitter(images, 1 + config.jitter * (2 * torch.rand(3, len(images)) - 1))
     # Only divided here, so that black is still zero, which the area outside becomes; the mean is subtracted last.
