@@ -31,6 +31,7 @@ OPTIONAL = {
     "vit_pytorch",
     "transformers",
     "datasets",
+    "litdata",
 }
 
 

@@ -11,6 +11,7 @@ A small Vision Transformer as a PyTorch Lightning experiment project.
   python -m vit_lightning.evaluate    evaluate a trained network, class by class
   python -m vit_lightning.predict     classify pictures
   python -m vit_lightning.export      write a network to one ONNX or torch.export file
+  python -m vit_lightning.shard       write images as shards, for data=stream
   python -m vit_lightning.search      search for better hyper-parameters with Optuna
   python -m vit_lightning.sweep       summarise the runs of a sweep
   python -m vit_lightning.benchmark   measure the speed next to other libraries

@@ -340,7 +340,7 @@ def check_paths(config: Any) -> None:
         InputError: if there is one.
     """
     resume = getattr(config, "resume", None)
-    for name, path in (("checkpoint", config.checkpoint), ("resume", resume)):
+    for name, path in (("checkpoint", getattr(config, "checkpoint", None)), ("resume", resume)):
         if path not in (None, "pretrained") and not path.startswith(FOREIGN) and not Path(path).expanduser().exists():
             more = ", a .ckpt or .safetensors file, or pretrained" if name == "checkpoint" else ""
             raise InputError(f"{name}={path} does not exist; name a run's directory{more}")

@@ -105,10 +105,12 @@ class DataConfig:
 
     source: str = key("cifar100", "The data set.", choices=register.source)
     root: str = key("data", "Directory of downloads, or of image_folder's train/<class>/* and test/<class>/*; or "
-                    "its CSV file; or npz's file.")  # fmt: skip
+                    "its CSV file; or npz's file; or stream's directory or s3://….")  # fmt: skip
     name: str | None = key(None, "Data set of torchvision or huggingface, such as Flowers102.")
     skip_unreadable: bool = key(False, "Leave out pictures that cannot be read, instead of naming them in an error.")
     cache_dir: str = key("data/cache", "Directory of the decoded images (uint8 arrays, memory-mapped).")
+    cache_gb: float | None = key(None, "Disk that the shards downloaded by source=stream may take there, in GB; null "
+                                 "keeps all.", above=0)  # fmt: skip
     stored_size: int | None = key(None, "Side at which pictures are kept, in pixels; null keeps square "
                                   "images of one size up to 256, and others at model.image_size.", low=1)  # fmt: skip
     split: str = key("blog", "blog splits the test images 70/30 into validation and test; standard holds validation "
@@ -130,7 +132,7 @@ class DataConfig:
             raise InputError(f"data.folds={self.folds} needs data.split=standard")
         if self.fold >= (self.folds or 1):
             raise InputError(f"data.fold={self.fold} must be less than data.folds={self.folds}")
-        if self.stored_size is not None and self.source in ("cifar100", "cifar10", "digits", "npz"):
+        if self.stored_size is not None and self.source in ("cifar100", "cifar10", "digits", "npz", "stream"):
             raise InputError(f"data.stored_size is for pictures of any size; remove it for data.source={self.source}")
 
 

@@ -25,7 +25,13 @@ from vit_lightning.keys import InputError, default_of, sections
 from vit_lightning.schemas import CONF, SCHEMAS, SearchRun, options_of
 
 COLUMN = 26  # where explanations begin in --help
-BARE_PATH = {"predict": "images", "evaluate": "checkpoint", "export": "checkpoint", "train": "data.root"}
+BARE_PATH = {
+    "predict": "images",
+    "evaluate": "checkpoint",
+    "export": "checkpoint",
+    "train": "data.root",
+    "shard": "data.root",
+}
 # What users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here: the first of
 # several that the command has.
 ALIASES: dict[str, tuple[str, ...]] = {
@@ -155,7 +161,8 @@ def _wrapped(left: str, right: str) -> list[str]:
     body = textwrap.wrap(right, 80 - COLUMN, break_on_hyphens=False)
     head = f"  {left}"
     if len(head) >= COLUMN:
-        return [head, *(" " * COLUMN + line for line in body)]
+        broken = textwrap.wrap(head.replace("|", "| "), 80, subsequent_indent="    ", break_on_hyphens=False)
+        return [*(line.replace("| ", "|") for line in broken), *(" " * COLUMN + line for line in body)]
     return [f"{head:<{COLUMN}}{body[0]}", *(" " * COLUMN + line for line in body[1:])]
 
 

@@ -114,7 +114,7 @@ patch_embed = Registry("model.patch_embed", "vit_lightning.model.stems", "unfold
 pool = Registry("model.pool", "vit_lightning.model.layers", "cls", "mean", "mean_norm", "attention")
 source = Registry(
     *("data.source", "vit_lightning.data.sources", "cifar100", "cifar10", "digits", "image_folder"),
-    *("npz", "torchvision", "huggingface"),
+    *("npz", "torchvision", "huggingface", "stream"),
 )
 augmentation = Registry("augment.batch", "vit_lightning.recipe.augment")
 optimizer = Registry(

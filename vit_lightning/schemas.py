@@ -175,6 +175,23 @@ class ExportConfig:
         check_checkpoint(self.checkpoint)
 
 
+@dataclass(slots=True)
+class ShardConfig:
+    """Images as shards."""
+
+    prefix: ClassVar[str] = ""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    output: str = key("shards", "Directory to write; new or empty.")
+    shard_mb: int = key(64, "Size of a shard, in MB.", low=1, high=2000)
+    imports: Any = key(list, IMPORTS)
+    traceback: bool = key(False, TRACEBACK)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        self.imports = as_list(self.imports)
+
+
 CONF = next(path for path in (Path(__file__).parent / "conf", Path(__file__).parent.parent / "conf") if path.is_dir())
 SCHEMAS: dict[str, type] = {  # keyed by command, which also names its file in conf/
     "train": Config,
@@ -183,6 +200,7 @@ SCHEMAS: dict[str, type] = {  # keyed by command, which also names its file in c
     "evaluate": EvaluateConfig,
     "predict": PredictConfig,
     "export": ExportConfig,
+    "shard": ShardConfig,
 }
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ class ImageArrays:
 
     Attributes:
         images: by part (``train``, ``val``, ``test``, as far as the source has it), uint8 of shape (number of images,
-            channels, height, width).
+            channels, height, width): tensors, or :class:`~vit_lightning.data.stream.ShardedImages`.
         labels: by part, int64 of shape (number of images,): indices into ``class_names``.
         class_names: in the order of their indices.
         mean: of each channel over the training images, in [0, 1].
@@ -38,7 +39,7 @@ class ImageArrays:
         paths: by part, the files of the images, relative to ``data.root``; empty if they are not files.
     """
 
-    images: dict[str, Tensor]
+    images: dict[str, Any]
     labels: dict[str, Tensor]
     class_names: list[str]
     mean: list[float]

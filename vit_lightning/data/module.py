@@ -1,6 +1,6 @@
 """The LightningDataModule: splits and batches of one data source."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +125,8 @@ class ImageData(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images, labels = self._on_device(part, device)
-        sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share)
+        order = shuffled if isinstance(images, Tensor) else images.shuffled
+        sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share, order)
         if shuffle:
             sampler.resume_position = self.resume_position
         return ResumableLoader(
@@ -145,11 +146,11 @@ class ImageData(L.LightningDataModule):
         blog = split == "val" and self.config.split == "blog" and "test" in self.arrays.images
         return "test" if blog else "train"
 
-    def _on_device(self, part: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _on_device(self, part: str, device: torch.device) -> tuple[Any, Tensor]:
         """The images and labels of a part of the source, on the GPU if they fit there next to a network."""
         assert self.arrays is not None
         images, labels = self.arrays.images[part], self.arrays.labels[part]
-        if device.type != "cuda" or self.config.workers:
+        if device.type != "cuda" or self.config.workers or not isinstance(images, Tensor):
             return images, labels
         if part not in self.resident and images.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
             self.resident[part] = images.to(device), labels.to(device)
@@ -256,13 +257,18 @@ def fold_of(indices: np.ndarray, arrays: ImageArrays, config: DataConfig) -> tup
 class ArrayDataset(Dataset):
     """Gathers whole batches from arrays: ``dataset[indices]`` with an int64 tensor (B,)."""
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
+    def __init__(self, images: Any, labels: Tensor) -> None:
         self.images = images
         self.labels = labels
 
     def __getitem__(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         indices = indices.to(self.images.device)
         return self.images[indices], self.labels[indices]
+
+
+def shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
+    """Indices in random order."""
+    return indices[torch.randperm(len(indices), generator=generator)]
 
 
 class BatchIndices(Sampler[Tensor]):
@@ -274,16 +280,24 @@ class BatchIndices(Sampler[Tensor]):
         shuffle: whether to shuffle each epoch and drop its last incomplete batch (training).
         seed: seed of the orders.
         share: rank of the process and number of processes; every batch is divided among them.
+        order: how the indices of an epoch are shuffled.
     """
 
     def __init__(
-        self, indices: Tensor, batch_size: int, shuffle: bool, seed: int, share: tuple[int, int] = (0, 1)
+        self,
+        indices: Tensor,
+        batch_size: int,
+        shuffle: bool,
+        seed: int,
+        share: tuple[int, int] = (0, 1),
+        order: Callable[[Tensor, torch.Generator], Tensor] = shuffled,
     ) -> None:
         self.indices = indices
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
         self.rank, self.processes = share
+        self.order = order
         self.epoch = 0
         self.resume_position: dict[str, int] = {}  # the epoch, and its number of batches before the interruption
 
@@ -308,7 +322,7 @@ class BatchIndices(Sampler[Tensor]):
         order = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
-            order = order[torch.randperm(len(order), generator=generator)]
+            order = self.order(order, generator)
         batches = order.split(self.batch_size)[: len(self)]
         if self.processes > 1 and not self.shuffle:
             batches = order.tensor_split(len(self))  # even parts, so that every process gets an image of each
@@ -323,9 +337,12 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         self.yielded = self.sampler.first  # the generator starts after the Trainer has set the epoch
-        for batch in super().__iter__():
-            self.yielded += 1
-            yield batch
+        try:
+            for batch in super().__iter__():
+                self.yielded += 1
+                yield batch
+        except InputError as error:  # a worker's contains its traceback
+            raise InputError(str(error).rpartition("InputError: ")[2]) from error
 
     def state_dict(self) -> dict[str, int]:
         """Return the current position."""

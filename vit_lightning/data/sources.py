@@ -19,13 +19,13 @@ from torchvision import datasets
 
 from vit_lightning import register
 from vit_lightning.config import DataConfig
-from vit_lightning.data import folder
+from vit_lightning.data import folder, stream
 from vit_lightning.data.cache import PARTS, ImageArrays, ImageSet, Source, in_memory, open_source
 from vit_lightning.data.images import UNREADABLE, fingerprint, to_array, unreadable
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import with_bar
 
-__all__ = ["folder", "load_arrays"]  # importing folder registers image_folder
+__all__ = ["folder", "load_arrays", "stream"]  # importing folder and stream registers their sources
 
 
 def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
@@ -39,6 +39,8 @@ def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
         InputError: if the source is missing, cannot be downloaded, or contains what cannot be trained on.
     """
     made = register.source.build(config.source, config.options, config, image_size)
+    if isinstance(made, ImageArrays):
+        return made
     return open_source(made, config, image_size) if isinstance(made, Source) else in_memory(made)
 
 

@@ -25,7 +25,7 @@ from vit_lightning.terminal import is_first, relative
 MAY_CHANGE = {
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
-    *("data.root", "data.cache_dir", "data.eval_batch_size", "data.workers"),
+    *("data.root", "data.cache_dir", "data.cache_gb", "data.eval_batch_size", "data.workers"),
     *("compile", "test", "save_minutes", "traceback", "imports"),
     *(f"dashboard.{field.name}" for field in fields(DashboardConfig)),
 }

@@ -1,0 +1,248 @@
+"""Images in shards, which are read as they are needed, so that a data set may exceed memory and a machine's disk.
+
+A directory of shards is what ``python -m vit_lightning.shard`` writes: a litdata data set for each of ``train``,
+``val`` and ``test``, as far as there are such images, with ``labels.npy`` next to its shards; ``paths.json``; and
+``shards.json``, which is written last. It may be moved to an object store, from which shards are downloaded to
+``data.cache_dir`` when their first image is needed.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import shutil
+import tempfile
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from torch import Tensor
+
+from vit_lightning import register
+from vit_lightning.config import DataConfig
+from vit_lightning.data.cache import ImageArrays
+from vit_lightning.keys import InputError, key
+
+ABOUT = "shards.json"
+LITDATA = "needs litdata: pip install litdata"
+DOWNLOADS = 8  # shards that a process downloads at the same time
+
+
+@register.source("stream", window=key(16, "Shards among which training images are shuffled.", low=1))
+def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
+    """Images of a directory of shards, local or in an object store (``s3://``, ``gs://``, ``azure://``, ``r2://``).
+
+    Raises:
+        InputError: if it is not complete, or cannot be downloaded.
+    """
+    remote = config.root if "://" in config.root or config.root.startswith("local:") else None
+    folder = local_copy(config) if remote else Path(config.root).expanduser()
+    try:
+        about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        labels = {part: torch.from_numpy(np.load(folder / part / "labels.npy")) for part in about["digest"]}
+        images = {
+            part: ShardedImages(
+                folder / part, tuple(about["shape"]), window, remote and f"{remote}/{part}", config.cache_gb
+            )
+            for part in labels
+        }
+        for part, values in labels.items():
+            if len(values) != len(images[part]):
+                raise ValueError(f"{part}: {len(images[part])} images have {len(values)} labels")
+        paths = json.loads((folder / "paths.json").read_text(encoding="utf-8"))
+        return ImageArrays(images, labels, about["class_names"], about["mean"], about["std"], about["digest"], paths)
+    except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
+        raise InputError(
+            f"data.root={config.root} is not a complete directory of shards ({reason}); "
+            "write one with python -m vit_lightning.shard"
+        ) from error
+
+
+class ShardedImages:
+    """The images of a part, which are gathered from memory-mapped shards: ``images[indices]``, as from a tensor.
+
+    Args:
+        folder: the litdata data set, or where it is downloaded to.
+        shape: of an image, (channels, height, width).
+        window: number of shards among which images are shuffled, and that stay mapped.
+        remote: where missing shards are downloaded from; ``None`` if all are in ``folder``.
+        disk_gb: disk that the downloaded shards of all parts may take, in GB; ``None`` for no limit.
+
+    Raises:
+        OSError: if a file is missing.
+        ValueError: if a file is not as it was written.
+    """
+
+    device = torch.device("cpu")  # of the tensors that are gathered
+
+    def __init__(
+        self, folder: Path, shape: tuple[int, ...], window: int, remote: str | None = None, disk_gb: float | None = None
+    ) -> None:
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        self.folder, self.window, self.remote, self.disk_gb = folder, window, remote, disk_gb
+        self.shards: list[dict[str, Any]] = index["chunks"]
+        image_bytes = math.prod(shape)
+        if not self.shards or any(each["dim"] != each["chunk_size"] * image_bytes for each in self.shards):
+            raise ValueError(f"{folder / 'index.json'} does not list shards of images of shape {shape}")
+        for each in [] if remote else self.shards:
+            self._check_size(each)
+        self.starts = np.cumsum([0, *(each["chunk_size"] for each in self.shards)])
+        self.shape = (int(self.starts[-1]), *shape)
+        self.nbytes = math.prod(self.shape)
+        self._mapped: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_mapped": OrderedDict()}  # an array that is mapped would be pickled whole
+
+    def __getitem__(self, indices: Tensor | int) -> Tensor:
+        """Gather images.
+
+        Args:
+            indices: int64, of any shape.
+
+        Returns:
+            uint8 of the shape of ``indices`` and (channels, height, width).
+
+        Raises:
+            InputError: if a shard cannot be read or downloaded.
+        """
+        wanted = torch.as_tensor(indices)
+        flat = wanted.reshape(-1).numpy()
+        numbers = np.searchsorted(self.starts, flat, side="right") - 1
+        needed = np.unique(numbers).tolist()
+        images = np.empty((len(flat), *self.shape[1:]), np.uint8)
+        try:
+            if self.remote:
+                self._download([number for number in needed if number not in self._mapped])
+            for number in needed:
+                here = numbers == number
+                images[here] = self._map(number)[flat[here] - self.starts[number]]
+        except (OSError, ValueError) as error:
+            where = self.remote or self.folder
+            raise InputError(f"data.root: a shard of {where} cannot be read ({error}); restore it") from error
+        return torch.from_numpy(images.reshape(*wanted.shape, *self.shape[1:]))
+
+    def shuffled(self, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """The order of an epoch, as :func:`shuffle_by_shard` makes it."""
+        return shuffle_by_shard(indices, self.starts, self.window, generator)
+
+    def _map(self, number: int) -> np.ndarray:
+        """The images of a shard, memory-mapped: those of the last ``window`` shards stay so."""
+        if number not in self._mapped:
+            count = self.shards[number]["chunk_size"]
+            header = 4 * (count + 2)  # litdata writes the number of images, and where each begins and the last ends
+            path = self.folder / self.shards[number]["filename"]
+            self._mapped[number] = np.asarray(np.memmap(path, np.uint8, "r", header, (count, *self.shape[1:])))
+        self._mapped.move_to_end(number)
+        while len(self._mapped) > self.window:
+            self._mapped.popitem(last=False)
+        return self._mapped[number]
+
+    def _check_size(self, shard: dict[str, Any]) -> None:
+        """Check that a shard is there in full."""
+        path = self.folder / shard["filename"]
+        if path.stat().st_size != shard["chunk_bytes"]:
+            raise ValueError(f"{path} has {path.stat().st_size:,} of {shard['chunk_bytes']:,} bytes")
+
+    def _download(self, numbers: list[int]) -> None:
+        """Download the missing ones of some shards, several at a time, and mark all as being in use."""
+        with ThreadPoolExecutor(DOWNLOADS) as pool:
+            list(pool.map(self._download_one, numbers))
+        if self.disk_gb is not None:
+            self._free_disk(self.disk_gb)
+
+    def _download_one(self, number: int) -> None:
+        path = self.folder / self.shards[number]["filename"]
+        with FileLock(path.with_suffix(".fetch")):  # of several processes, one downloads
+            if not path.exists():
+                download(f"{self.remote}/{path.name}", path)
+                self._check_size(self.shards[number])
+            path.touch()
+
+    def _free_disk(self, disk_gb: float) -> None:
+        """Delete the shards that were opened longest ago, while all take more; what is mapped stays readable."""
+        found = []
+        for path in self.folder.parent.glob("*/*.bin"):
+            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+                found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        excess = sum(size for _, size, _ in found) - disk_gb * 1e9
+        for _, size, path in sorted(found):
+            if excess <= 0:
+                break
+            path.unlink(missing_ok=True)
+            excess -= size
+
+
+def shuffle_by_shard(indices: Tensor, starts: np.ndarray, window: int, generator: torch.Generator) -> Tensor:
+    """Shuffle an epoch so that few shards are read at a time.
+
+    Shards are divided at random into windows of up to ``window``, and the images of a window are shuffled among each
+    other. With as many shards as a window has, or fewer, the order is as random as without shards.
+
+    Args:
+        indices: (number of images,).
+        starts: (number of shards + 1,), the first index of each shard, and the number of all images.
+        window: largest number of shards in a window.
+        generator: of the random numbers.
+
+    Returns:
+        ``indices`` in their order.
+    """
+    shards = len(starts) - 1
+    shard_of = torch.from_numpy(np.searchsorted(starts, indices.numpy(), side="right") - 1)
+    window_of = torch.randperm(shards, generator=generator)[shard_of] * -(-shards // window) // shards
+    mixed = torch.randperm(len(indices), generator=generator)
+    return indices[mixed[window_of[mixed].argsort(stable=True)]]
+
+
+def local_copy(config: DataConfig) -> Path:
+    """Download what describes the shards of an object store; the shards follow when they are needed.
+
+    Returns:
+        The directory of this content of ``data.root``, below ``data.cache_dir``.
+
+    Raises:
+        InputError: if it cannot be downloaded.
+    """
+    cache = Path(config.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".stream-", dir=cache) as new:
+        download(f"{config.root}/{ABOUT}", Path(new) / ABOUT)
+        content = (Path(new) / ABOUT).read_bytes()
+        name = hashlib.sha256(config.root.encode() + content).hexdigest()[:12]
+        folder = cache / f"stream-{name}"
+        with FileLock(cache / f".stream-{name}.lock"):
+            files = ["paths.json"]
+            for part in json.loads(content)["digest"]:
+                files += [f"{part}/labels.npy", f"{part}/index.json"]
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            for file in files:
+                download(f"{config.root}/{file}", folder / file)
+            shutil.copy(Path(new) / ABOUT, folder / ABOUT)
+    return folder
+
+
+def download(remote: str, path: Path) -> None:
+    """Download a file by litdata, unless it is there already.
+
+    Raises:
+        InputError: if it cannot be downloaded, or litdata is not installed.
+    """
+    try:
+        from litdata.streaming.downloader import get_downloader
+    except ImportError as error:
+        raise InputError(f"data.root={remote} {LITDATA}") from error
+    try:
+        get_downloader(remote, str(path.parent), []).download_file(remote, str(path))
+        path.stat()  # litdata leaves a file out if it cannot be locked
+    except Exception as error:  # each store has its own
+        [reason, *_] = str(error).splitlines() or [""]
+        raise InputError(f"data.root: {remote} cannot be downloaded ({type(error).__name__}: {reason})") from error
