@@ -50,7 +50,7 @@ def test_every_epoch_leaves_one_line_and_the_bar_none(start, columns, lines):
     *during, last = screens(arguments, columns, lines, start)
     rows = [line.split() for line in last if re.match(r" *\d+/12 ", line)]
     assert [row[0] for row in rows] == [f"{epoch}/12" for epoch in range(1, 13)]
-    assert all(len(row) == 9 for row in rows)  # loss, top-1, loss, top-1, top-5, speed, time and its unit
+    assert all(len(row) == 8 for row in rows)  # loss, top-1, loss, top-1, speed, time and its unit
     assert sum("train loss" in line for line in last) == 1
     assert not [line for line in last if "━━━━━" in line and not set(line) <= set("┏━┳┓┡╇┩┗┻┛┃ │─┬┐└┴┘├┼┤╵╷")]
     bars = [line for screen in during for line in screen if re.match(r"epoch \d+/12 ", line)]

@@ -18,6 +18,7 @@ __all__ = ["ACCELERATORS", "DashboardConfig", "TrainerConfig"]  # declared in tr
 SEED = 2**32 - 1  # the largest that NumPy takes
 IMPORTS = "Your own modules or .py files, which register parts: one, or a list."
 FOREIGN = ("timm:", "hf:")  # what the name of a network of another library begins with
+TOP5_ABOVE = 10  # number of classes; up to it, half of them or more would be guessed, and top-5 is not measured
 TRACEBACK = "Show the traceback of a mistake."
 
 
@@ -122,6 +123,8 @@ class DataConfig:
     split_seed: int = key(42, "Seed of the split, independent of seed.", low=0, high=SEED)
     batch_size: int = key(32, "Training images per step, over all devices.", low=1)
     eval_batch_size: int = key(256, "Images per step in validation and test.", low=1)
+    sampler: str = key("shuffle", "The training images of an epoch: each once; or, with balanced, as many, drawn with "
+                       "replacement, each class equally often.", choices=("shuffle", "balanced"))  # fmt: skip
     workers: int = key(0, "Processes that load batches; 0 loads in the training process.", low=0)
     options: dict[str, Any] = key(dict, "Settings of registered sources, by their name.")
 
@@ -201,6 +204,9 @@ class OptimConfig:
     small_share: float = key(0.5, "That part, as a share of the run.", low=0, high=1)
     loss: str = key("cross_entropy", "The loss in training; bce is binary cross-entropy of each class. val/loss is "
                     "always the cross-entropy.", choices=register.loss)  # fmt: skip
+    class_weights: str = key("none", "Weights of the classes in the training loss: in inverse proportion to their "
+                             "numbers of training images, or to the square roots of these.",
+                             choices=("none", "balanced", "sqrt"))  # fmt: skip
     label_smoothing: float = key(0.0, "Share of a label spread over all classes.", low=0, below=1)
     ema: float = key(0.0, "Decay of the moving average of the weights that is validated and kept; 0 for none.",
                      low=0, below=1)  # fmt: skip
@@ -229,6 +235,8 @@ class Config:
     seed: int = key(0, "Seed of everything random but the split.", low=0, high=SEED)
     target_acc: float | None = key(None, "Stop once val/acc has reached this and val/acc5 target_acc5.", low=0, high=1)
     target_acc5: float | None = key(None, "See target_acc.", low=0, high=1)
+    monitor: str = key("val/acc", "The validation metric of the best epoch, which is kept and tested, and of a search: "
+                       "val/loss, or val/f1 with metrics=[f1].")  # fmt: skip
     checkpoint: str | None = key(
         None,
         "Weights to start from: pretrained, a run's directory, a file, or those of "
@@ -241,7 +249,9 @@ class Config:
     save_minutes: float | None = key(5.0, "Minutes between checkpoints within an epoch; null for none there.", low=0)
     callbacks: dict[str, Any] = key(dict, "Lightning callbacks by name: _target_, a class, and its arguments.")
     logger: dict[str, Any] = key(dict, "Lightning loggers, likewise; save_dir is the run's directory.")
-    metrics: list[str] = key([], "Metrics besides the loss, top-1 and top-5.", choices=register.metric)
+    metrics: list[str] = key(
+        [], "Metrics besides the loss, top-1 and, of more than ten classes, top-5.", choices=register.metric
+    )
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)
 
@@ -249,6 +259,7 @@ class Config:
         check_values(self)
         self.imports = as_list(self.imports)
         check_checkpoint(self.checkpoint)
+        self._check_classes()
         small, model = self.optim.small_size, self.model
         if small is not None and (small % model.patch_size or small > model.image_size):
             raise InputError(
@@ -262,6 +273,19 @@ class Config:
             raise InputError("trainer.strategy=fsdp needs optim.name=adamw and optim.ema=0; trainer=ddp takes them all")
         if self.optim.clock == "time" and self.trainer.max_time is None:
             raise InputError("optim.clock=time needs trainer.max_time, as in trainer.max_time=00:00:30:00")
+
+    def _check_classes(self) -> None:
+        """Check the metric that is monitored, and that small classes are favoured in one way only."""
+        measured = [f"val/{name}" for name in ("loss", "acc", "acc5", *self.metrics)]
+        if self.monitor not in measured:
+            raise InputError(
+                f"monitor={self.monitor} is not measured; choose one of {', '.join(measured)}, or add it to metrics"
+            )
+        if self.optim.class_weights != "none" and self.data.sampler != "shuffle":
+            raise InputError(
+                f"optim.class_weights={self.optim.class_weights} and data.sampler={self.data.sampler} would favour "
+                "small classes twice; choose one of them"
+            )
 
     def check_processes(self, processes: int) -> None:
         """Check that batches can be divided among the processes.

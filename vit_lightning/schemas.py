@@ -42,7 +42,7 @@ class SearchConfig:
     trials: int = key(20, "Trials to finish or prune, by all processes and starts together.", low=1)
     timeout: float | None = key(None, "Seconds after which a process starts no new trial; null for no limit.", low=0)
     sampler: str = key("tpe", "How values are proposed.", choices=("tpe", "random"))
-    prune: bool = key(True, "End a trial whose best val/acc is below the median of the others at its epoch.")
+    prune: bool = key(True, "End a trial whose best value is worse than the median of the others at its epoch.")
     startup: int = key(5, "Trials that finish before one is pruned.", low=0)
     warmup: int = key(1, "Epochs of a trial before it may be pruned.", low=0)
     heartbeat: int = key(60, "Seconds between a process's signs of life; without one for twice as long, another "

@@ -15,6 +15,8 @@ from rich.table import Table
 
 T = TypeVar("T")
 
+LABELS = {"acc": "top-1", "acc5": "top-5", "balanced_acc": "balanced"}
+
 
 def escape_unencodable() -> None:
     """Print characters that the terminal's encoding lacks, and names that are not valid Unicode, as escapes."""
@@ -55,6 +57,17 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
         console.print(table)
     print(title)
     print(text.get(), end="")
+
+
+def label_of(metric: str) -> str:
+    """What tables call a metric: ``val/acc`` is top-1, and a registered metric has its own name."""
+    name = metric.rpartition("/")[2]
+    return LABELS.get(name, name)
+
+
+def format_metric(metric: str, value: float) -> str:
+    """The value of a metric as text: accuracies in percent."""
+    return f"{value:.1%}" if metric.endswith(("acc", "acc5")) else f"{value:.3f}"
 
 
 def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:

@@ -133,7 +133,7 @@ def test_bars_of_few_images_are_faded():
 
 def test_every_figure_has_a_title():
     image, similarity = np.ones((1, 8, 8, 1)), np.ones((2, 2, 2, 2))
-    row = {"setting": "a=1", "accuracies": [0.5], "val/acc": 0.5, "val/acc ±": None}
+    row = {"setting": "a=1", "monitor": "val/acc", "values": [0.5], "val/acc": 0.5, "val/acc ±": None}
     figures = {
         "Loss": draw_curves(rows(2)),
         "Validation": draw_sweep([row]),

@@ -1,13 +1,15 @@
 """Splits and batches of the LightningDataModule."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
-from conftest import TRAINER
+from conftest import TRAINER, write_folder
+from scipy.stats import chisquare
 from torch import nn
-from torch.utils.data import random_split
+from torch.utils.data import WeightedRandomSampler, random_split
 
 from vit_lightning.config import AugmentConfig, Config, DataConfig, ModelConfig
 from vit_lightning.data.cache import ImageArrays
@@ -125,6 +127,49 @@ def test_the_order_follows_from_seed_and_epoch():
         assert sorted(one) == list(range(100))
         assert one != list(range(100))
         assert one not in orders[:index]
+
+
+def unequal(config: DataConfig, tmp_path: Path) -> DataConfig:
+    write_folder(tmp_path / "unequal", {"many": (40, 4), "few": (5, 4)})
+    return replace(config, root=str(tmp_path / "unequal"), sampler="balanced")
+
+
+def drawn(data: ImageData, epochs: int) -> torch.Tensor:
+    """How often each training image comes."""
+    sampler = data.train_dataloader().sampler
+    counts = torch.zeros(45)
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        counts += torch.bincount(torch.cat(list(sampler)), minlength=45)
+    return counts
+
+
+def test_a_balanced_sampler_draws_as_torchs_weighted_one(folder_config, tmp_path):
+    data = data_module(unequal(folder_config, tmp_path))
+    labels = data.arrays.labels["train"]
+    assert data.class_counts().tolist() == torch.bincount(labels).tolist()
+    ours, weights = drawn(data, 400), 1 / torch.bincount(labels)[labels]
+    theirs = torch.bincount(torch.tensor(list(WeightedRandomSampler(weights, 400 * 45))), minlength=45)
+    assert ours.sum() == 400 * 45  # as many as without it
+    for counts in (ours, theirs):
+        assert chisquare(counts, weights / weights.sum() * 400 * 45).pvalue > 1e-4
+    assert (torch.bincount(labels, ours) / ours.sum()).tolist() == pytest.approx([0.5, 0.5], abs=0.02)
+
+
+def test_a_balanced_order_follows_from_seed_and_epoch_and_continues_where_it_stopped(folder_config, tmp_path):
+    config = unequal(folder_config, tmp_path)
+
+    def order(seed: int, epoch: int, batches: int = 0) -> list[int]:
+        data = data_module(config, seed=seed)
+        data.load_state_dict({"epoch": epoch, "batches": batches})
+        sampler = data.train_dataloader().sampler
+        sampler.set_epoch(epoch)
+        return torch.cat(list(sampler)).tolist()
+
+    assert order(0, 1) == order(0, 1)
+    assert order(0, 1, batches=3) == order(0, 1)[3 * config.batch_size :]
+    assert len({tuple(order(seed, epoch)) for seed in (0, 1) for epoch in (0, 1)}) == 4
+    assert sorted(order(0, 0)) != sorted(order(0, 1))
 
 
 def test_workers_change_nothing(folder_config):

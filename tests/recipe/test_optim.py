@@ -4,10 +4,12 @@ import re
 from copy import deepcopy
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.plugins.precision import MixedPrecision
+from sklearn.utils.class_weight import compute_class_weight
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -15,7 +17,7 @@ from vit_lightning import register
 from vit_lightning.config import ModelConfig, OptimConfig
 from vit_lightning.keys import InputError, key
 from vit_lightning.model.vit import ViT
-from vit_lightning.recipe.optim import Muon, build_optimizer, build_schedule, ema_update, freeze
+from vit_lightning.recipe.optim import Muon, build_optimizer, build_schedule, class_weights, ema_update, freeze
 
 SMALL = ModelConfig(image_size=6, patch_size=3, channels=1, num_classes=5, embed_dim=8, layers=2, mlp_head_units=[7])
 CONV = replace(SMALL, image_size=8, patch_embed="conv", patch_size=4, stem_depth=1, stem_se=True)
@@ -369,3 +371,52 @@ def test_warmup_rises_linearly_to_the_peak():
     assert values[4] == 1.0
     assert values[4:] == sorted(values[4:], reverse=True)
     assert values[-1] < 0.02
+
+
+COUNTS = torch.tensor([200, 12, 50])
+
+
+def test_balanced_class_weights_are_scikit_learns():
+    labels = torch.arange(3).repeat_interleave(COUNTS).numpy()
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert class_weights(COUNTS, "balanced") == pytest.approx(expected)
+    assert class_weights(COUNTS, "none") is None
+
+
+def test_class_weights_by_square_roots_have_a_mean_of_one_over_the_images():
+    weights = torch.tensor(class_weights(COUNTS, "sqrt"))
+    torch.testing.assert_close((weights * COUNTS).sum() / COUNTS.sum(), torch.tensor(1.0))
+    torch.testing.assert_close(weights / weights[0], (COUNTS[0] / COUNTS).sqrt())
+
+
+def test_a_class_without_images_has_no_weight():
+    assert class_weights(torch.tensor([4, 0, 4]), "balanced") == [1, 0, 1]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_cross_entropy_is_torchs_for_labels_and_mixed_labels(smoothing):
+    logits, labels, weight = torch.randn(9, 3, requires_grad=True), torch.arange(9) % 3, torch.tensor([0.4, 3.0, 1.0])
+    hard = register.loss["cross_entropy"](logits, labels, smoothing, weight)
+    sums = F.cross_entropy(logits, labels, weight, reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(hard, sums / 9)
+    one_hot = F.one_hot(labels, 3).float()
+    torch.testing.assert_close(register.loss["cross_entropy"](logits, one_hot, smoothing, weight), hard)
+    mixed = torch.lerp(one_hot, one_hot.roll(1, 0), 0.3)
+    theirs = nn.CrossEntropyLoss(weight, label_smoothing=smoothing)(logits, mixed)
+    torch.testing.assert_close(register.loss["cross_entropy"](logits, mixed, smoothing, weight), theirs)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_weighted_binary_cross_entropy_counts_an_image_by_its_label(smoothing):
+    logits, labels, weight = torch.randn(9, 3), torch.arange(9) % 3, torch.tensor([0.4, 3.0, 1.0])
+    each = torch.stack([register.loss["bce"](logits[i : i + 1], labels[i : i + 1], smoothing) for i in range(9)])
+    ours = register.loss["bce"](logits, labels, smoothing, weight)
+    torch.testing.assert_close(ours, (each * weight[labels]).mean())
+    torch.testing.assert_close(register.loss["bce"](logits, F.one_hot(labels, 3).float(), smoothing, weight), ours)
+
+
+@pytest.mark.parametrize("name", ["cross_entropy", "bce"])
+def test_equal_weights_change_no_loss(name):
+    logits, labels = torch.randn(9, 3), torch.arange(9) % 3
+    plain = register.loss[name](logits, labels, 0.1)
+    torch.testing.assert_close(register.loss[name](logits, labels, 0.1, torch.ones(3)), plain)

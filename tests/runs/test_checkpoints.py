@@ -433,7 +433,7 @@ def test_a_finished_run_can_be_extended(start):
 
 def test_a_run_that_reached_its_target_ends_at_once_when_it_is_resumed(start, tmp_path):
     """Killed when its last checkpoint was written, before its summary was."""
-    arguments = [*TINY, "target_acc=0.01", "target_acc5=0.01", "trainer.max_epochs=5", "hydra.run.dir=target"]
+    arguments = [*TINY, "target_acc=0.01", "trainer.max_epochs=5", "hydra.run.dir=target"]
     assert command("train", *arguments, cwd=start).returncode == 0
     (start / "target" / "summary.json").unlink()
     (start / "target" / "curves.png").unlink()

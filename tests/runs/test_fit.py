@@ -129,9 +129,9 @@ def test_the_summary_tells_where_its_numbers_come_from(digits):
     with (run / "metrics.csv").open() as file:
         best = max(csv.DictReader(file), key=lambda row: (float(row["val/acc"]), -float(row["val/loss"])))
     assert summary["best_epoch"] == int(best["epoch"])
-    for key in ("train/loss", "train/acc5", "val/loss", "val/acc", "val/acc5"):
+    for key in ("train/loss", "train/acc", "val/loss", "val/acc"):
         assert summary["metrics"][key] == pytest.approx(float(best[key]))
-    assert {"test/loss", "test/acc", "test/acc5"} <= summary["metrics"].keys()
+    assert {"test/loss", "test/acc"} <= summary["metrics"].keys()
 
 
 def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start):
@@ -146,8 +146,6 @@ def test_test_metrics_are_the_best_checkpoints_on_every_test_image(digits, start
         logits = module.net((images - mean) / std)
     summary = summary_of(run)["metrics"]
     assert summary["test/acc"] == pytest.approx((logits.argmax(-1) == labels).double().mean().item())
-    hits = (logits.topk(5).indices == labels[:, None]).any(-1)
-    assert summary["test/acc5"] == pytest.approx(hits.double().mean().item())
     assert summary["test/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
@@ -156,9 +154,9 @@ def test_tensorboard_shows_the_run(digits):
     events = EventAccumulator(str(run))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    curves = ("loss/", "accuracy/top1_", "accuracy/top5_")
+    curves = ("loss/", "accuracy/top1_")
     expected = {f"{curve}{split}" for split in ("train", "val") for curve in curves}
-    expected |= {f"summary/test_{name}" for name in ("loss", "acc", "acc5")}
+    expected |= {f"summary/test_{name}" for name in ("loss", "acc")}
     assert expected | {"optim/lr", "loss/train_step"} <= tags
     assert not {"hp_metric", "epoch"} & tags
     for tag in tags:  # TensorBoard drops what lies before a point of an earlier step
@@ -551,10 +549,10 @@ def test_the_average_of_the_weights_is_what_is_validated_tested_and_kept(start, 
 
 
 def test_training_stops_at_its_target_and_the_summary_says_when_each_mark_was_passed(start):
-    run, _ = trained("experiment=quickstart", *SMALL, "target_acc=0.4", "target_acc5=0.8", cwd=start)
+    run, _ = trained("experiment=quickstart", *SMALL, "target_acc=0.4", cwd=start)
     summary = summary_of(run)
     rows = [{key: float(value) for key, value in row.items()} for row in rows_of(run)]
-    reached = [row["val/acc"] >= 0.4 and row["val/acc5"] >= 0.8 for row in rows]
+    reached = [row["val/acc"] >= 0.4 for row in rows]
     assert reached == [False] * (len(rows) - 1) + [True]
     marks = summary["seconds_to_val_acc"]
     assert list(marks)[:2] == ["5%", "10%"]

@@ -80,6 +80,21 @@ def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path)
     assert shown["study_name"] == "study"
 
 
+def test_a_search_for_the_lowest_loss_finds_it(tmp_path):
+    arguments = [*SHORT, "monitor=val/loss", "search.trials=3", "search.seed=0", "search.prune=false"]
+    result = command("search", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    study = study_of(tmp_path)
+    files = sorted((tmp_path / "outputs" / "search" / "study").glob("trial-*/summary.json"))
+    losses = [json.loads(path.read_text())["metrics"]["val/loss"] for path in files]
+    assert [trial.value for trial in study.trials] == pytest.approx(losses)
+    assert study.best_value == min(losses) < max(losses)
+    table = [line.split() for line in result.stdout.splitlines()]
+    [header] = [number for number, cells in enumerate(table) if cells[:1] == ["trial"] and "val/loss" in cells]
+    shown = [float(cells[-1]) for cells in table[header + 1 : header + 4]]
+    assert shown == pytest.approx(sorted(losses), abs=1e-3)
+
+
 @pytest.mark.slow
 def test_a_dead_workers_trial_is_taken_up_where_it_stopped(tmp_path):
     arguments = [*SHORT, "search.trials=2", "search.heartbeat=1", "search.prune=false", "trainer.max_epochs=6"]

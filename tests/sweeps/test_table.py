@@ -14,7 +14,7 @@ import pytest
 from conftest import FEW, command
 
 from vit_lightning.keys import InputError
-from vit_lightning.sweeps.table import COLUMNS, draw_sweep, summarise
+from vit_lightning.sweeps.table import draw_sweep, summarise
 
 
 def write_run(folder: Path, overrides: list[str], acc: float, **changes) -> None:
@@ -45,7 +45,36 @@ def test_runs_that_differ_in_their_seed_are_one_row(tmp_path):
         assert row["val/acc ±"] == pytest.approx(np.std(results[layers], ddof=1))
         assert row["val/acc5"] == pytest.approx(np.mean(results[layers]) + 0.2)
         assert row["seconds"] == pytest.approx(11.0)
-        assert (row["accuracies"], row["samples"]) == (results[layers], 4000)
+        assert (row["values"], row["samples"]) == (results[layers], 4000)
+
+
+def test_every_logged_metric_is_a_column_and_the_runs_monitor_decides(tmp_path):
+    for rate, losses in {"0.1": [0.9, 0.7], "0.2": [0.4, 0.5]}.items():
+        for seed, loss in enumerate(losses):
+            metrics = {"val/loss": loss, "val/acc": 0.5, "val/f1": 0.25, "train/f1": 0.1}
+            changes = {"metrics": metrics, "mode": "min", "config": {"monitor": "val/loss"}}
+            write_run(tmp_path / "sweep" / rate / str(seed), [f"optim.lr={rate}", f"seed={seed}"], 0, **changes)
+    result = command("sweep", "summary", "dir=sweep", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    header, *cells = [line.split() for line in result.stdout.splitlines()[1:4]]
+    assert header == ["setting", "runs", "loss", "±", "top-1", "f1", "seconds", "images/s"]
+    assert cells[0][:6] == ["optim.lr=0.2", "2", "0.450", "0.071", "50.0%", "0.250"]
+    assert cells[1][:4] == ["optim.lr=0.1", "2", "0.800", "0.141"]
+    [axes] = draw_sweep(summarise(tmp_path / "sweep")).axes
+    assert axes.get_xlabel() == "validation loss"
+    assert list(axes.lines[0].get_xdata()) == [0.4, 0.5]
+
+
+def test_runs_with_other_metrics_share_a_table(tmp_path):
+    """By the accuracy, since they were chosen by different metrics."""
+    for name, acc in (("f1", 0.6), ("balanced_acc", 0.7)):
+        changes = {"metrics": {"val/acc": acc, f"val/{name}": 0.5}, "config": {"monitor": f"val/{name}"}}
+        write_run(tmp_path / name, [f"monitor=val/{name}"], 0, **changes)
+    rows = summarise(tmp_path)
+    assert [(row["val/acc"], row["val/balanced_acc"], row["val/f1"]) for row in rows] == [
+        (0.7, 0.5, None),
+        (0.6, None, 0.5),
+    ]
 
 
 def test_a_single_run_has_no_spread(tmp_path):
@@ -100,7 +129,10 @@ def test_the_command_prints_the_table_and_keeps_it(tmp_path):
     assert "75.0%" in result.stdout
     rows = list(csv.DictReader((tmp_path / "sweep" / "summary.csv").read_text().splitlines()))
     assert [row["setting"] for row in rows] == ["optim.lr=0.2", "optim.lr=0.1"]
-    assert list(rows[0]) == ["setting", *COLUMNS]
+    assert list(rows[0]) == [
+        *("setting", "runs", "monitor", "values", "val/acc", "val/acc ±", "val/acc5"),
+        *("samples", "seconds", "images/s", "parameters"),
+    ]
     assert float(rows[0]["val/acc"]) == 0.75
 
 

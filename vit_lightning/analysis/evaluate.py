@@ -98,8 +98,6 @@ def show(report: dict[str, Any]) -> None:
         "superclass_acc": "superclass",
         "calibration_error": "calibration error",
     }
-    if report["classes"] <= 10:
-        del names["acc5"]  # with so few classes, nearly every label is among five
     rows = [(name, f"{report[key]:.1%}") for key, name in names.items() if key in report]
     print_table(title, ("", "value"), [("loss", f"{report['loss']:.3f}"), *rows])
     worst = [(row["class"], f"{row['acc']:.1%}") for row in report["worst_classes"]]

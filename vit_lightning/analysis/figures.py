@@ -101,7 +101,7 @@ def name_run(figure: Figure, run: str) -> Figure:
 def draw_curves(
     rows: Sequence[Mapping[str, float]], title: str = "Loss and accuracy by epoch", training: str = "training"
 ) -> Figure:
-    """Loss, and top-1 and top-5 accuracy, of training and validation against the epoch.
+    """Loss, and top-1 and, if measured, top-5 accuracy, of training and validation against the epoch.
 
     Args:
         rows: one for each epoch, with the keys ``epoch``, ``train/loss``, ``val/loss``, ``train/acc`` … as in
@@ -119,7 +119,9 @@ def draw_curves(
                 label = {"loss": name, "acc5": f"{name.partition(' ')[0]}, top-5"}.get(key)
                 axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=label)
     left.set(xlabel="epoch", ylabel="loss")
-    right.set(xlabel="epoch", ylabel="top-1 and top-5 accuracy (%)", ylim=(0, 102))
+    right.set(
+        xlabel="epoch", ylabel=f"top-1{' and top-5' if 'train/acc5' in rows[0] else ''} accuracy (%)", ylim=(0, 102)
+    )
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

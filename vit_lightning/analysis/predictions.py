@@ -21,6 +21,7 @@ from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
 from vit_lightning.files import write_csv
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.metrics import measures_top5
 from vit_lightning.terminal import with_bar
 
 WORST = 10  # classes and pairs of classes that the report lists
@@ -105,10 +106,10 @@ class Predictions:
         """The measures as a report that can be written as JSON.
 
         Returns:
-            ``images``, ``classes``, ``loss`` (cross-entropy, in nats), ``acc`` and ``acc5``, ``balanced_acc`` (the mean
-            recall of the classes that have images), ``macro_f1`` (the mean F1 of the classes that are labels or
-            predictions), ``calibration_error`` (expected, of 15 bins), ``superclass_acc`` for CIFAR-100's classes,
-            ``worst_classes``, ``most_confused``. Shares are in [0, 1].
+            ``images``, ``classes``, ``loss`` (cross-entropy, in nats), ``acc``, ``acc5`` with more than ten classes,
+            ``balanced_acc`` (the mean recall of the classes that have images), ``macro_f1`` (the mean F1 of the classes
+            that are labels or predictions), ``calibration_error`` (expected, of 15 bins), ``superclass_acc`` for
+            CIFAR-100's classes, ``worst_classes``, ``most_confused``. Shares are in [0, 1].
         """
         names, guess, labels = self.class_names, self.guess, self.labels
         _, recall, f1, counts = self.scores
@@ -118,7 +119,7 @@ class Predictions:
             "classes": len(names),
             "loss": -own.clamp_min(torch.finfo(own.dtype).tiny).log().mean().item(),
             "acc": (guess == labels).double().mean().item(),
-            "acc5": self.in_top5.double().mean().item(),
+            **({"acc5": self.in_top5.double().mean().item()} if measures_top5(len(names)) else {}),
             "balanced_acc": float(np.nanmean(recall)),
             "macro_f1": float(np.nanmean(f1)),
             "calibration_error": self.calibration[2],
@@ -176,12 +177,13 @@ class Predictions:
         """Write a row for each class that has images: its measures, and the class it is most often mistaken for."""
         precision, recall, _, counts = self.scores
         times, others = (values.tolist() for values in self.mistaken.max(dim=1))
-        rows: list[list[Any]] = [["class", "images", "acc", "acc5", "precision", "mostly_taken_for", "times"]]
+        top5 = ["acc5"] if measures_top5(len(self.class_names)) else []
+        rows: list[list[Any]] = [["class", "images", "acc", *top5, "precision", "mostly_taken_for", "times"]]
         for index in counts.nonzero()[0].tolist():
-            acc5 = self.in_top5[self.labels == index].double().mean().item()
+            acc5 = [self.in_top5[self.labels == index].double().mean().item() for _ in top5]
             share = "" if np.isnan(precision[index]) else precision[index]
             other = self.class_names[others[index]] if times[index] else ""
-            rows.append([self.class_names[index], counts[index], recall[index], acc5, share, other, times[index]])
+            rows.append([self.class_names[index], counts[index], recall[index], *acc5, share, other, times[index]])
         write_csv(path, rows)
 
     def files(self) -> Sequence[Any]:

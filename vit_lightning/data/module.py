@@ -84,7 +84,7 @@ class ImageData(L.LightningDataModule):
         self.arrays = arrays
 
     def train_dataloader(self) -> DataLoader:
-        """Return training batches, shuffled in each epoch; the last incomplete batch is dropped."""
+        """Return training batches, in another order in each epoch; the last incomplete batch is dropped."""
         return self._loader("train", self.config.batch_size, shuffle=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
@@ -111,6 +111,12 @@ class ImageData(L.LightningDataModule):
         part, indices = self._part(split), self.indices[split][positions]
         return self.arrays.images[part][indices], self.arrays.labels[part][indices]
 
+    def class_counts(self) -> Tensor:
+        """The number of training images of each class: (classes,), int64."""
+        assert self.arrays is not None, "call setup() first"
+        labels = self.arrays.labels[self._part("train")][self.indices["train"]]
+        return torch.bincount(labels, minlength=len(self.class_names))
+
     def files(self, split: str) -> list[str] | None:
         """The files of a split's images, relative to ``data.root``; ``None`` if they are not files."""
         assert self.arrays is not None, "call setup() first"
@@ -120,15 +126,15 @@ class ImageData(L.LightningDataModule):
         return None if paths is None else [paths[index] for index in self.indices[split].tolist()]
 
     def _loader(self, split: str, batch_size: int, shuffle: bool) -> DataLoader:
-        assert self.arrays is not None, "call setup() first"
-        part = self._part(split)
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        images, labels = self._on_device(part, device)
+        images, labels = self._on_device(self._part(split), device)
         order = shuffled if isinstance(images, Tensor) else images.shuffled
         sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share, order)
         if shuffle:
             sampler.resume_position = self.resume_position
+            if self.config.sampler == "balanced":
+                sampler.weights = 1 / self.class_counts().double()[labels[self.indices[split]].cpu()]
         return ResumableLoader(
             ArrayDataset(images, labels),
             sampler=sampler,
@@ -140,7 +146,7 @@ class ImageData(L.LightningDataModule):
 
     def _part(self, split: str) -> str:
         """The part of the source that contains the images of a split."""
-        assert self.arrays is not None
+        assert self.arrays is not None, "call setup() first"
         if split in self.arrays.images:
             return split
         blog = split == "val" and self.config.split == "blog" and "test" in self.arrays.images
@@ -296,6 +302,7 @@ class BatchIndices(Sampler[Tensor]):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.weights: Tensor | None = None  # of the indices, if each epoch draws as many with replacement
         self.rank, self.processes = share
         self.order = order
         self.epoch = 0
@@ -322,7 +329,10 @@ class BatchIndices(Sampler[Tensor]):
         order = self.indices
         if self.shuffle:
             generator = torch.Generator().manual_seed(derived_seed(self.seed, self.epoch, "order"))
-            order = self.order(order, generator)
+            if self.weights is None:
+                order = self.order(order, generator)
+            else:
+                order = order[self.weights.multinomial(len(order), replacement=True, generator=generator)]
         batches = order.split(self.batch_size)[: len(self)]
         if self.processes > 1 and not self.shuffle:
             batches = order.tensor_split(len(self))  # even parts, so that every process gets an image of each

@@ -1,6 +1,7 @@
 """The LightningModule: transforms, network, loss, metrics and optimizer."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -19,6 +20,7 @@ from torchmetrics import MetricCollection
 from vit_lightning import register
 from vit_lightning.config import AugmentConfig, ModelConfig, OptimConfig
 from vit_lightning.data.module import derived_seed
+from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import eval_transform, mix, resize, train_transform
 from vit_lightning.recipe.metrics import build_metrics
@@ -42,6 +44,7 @@ class ViTClassifier(L.LightningModule):
         seed: seed of the random numbers of the training steps.
         metrics: names of registered metrics besides the loss, top-1 and top-5.
         imports: the modules that register parts of it, to name them where the checkpoint is opened without them.
+        class_weights: weights of the classes in the training loss, in the order of the logits; ``None`` for equal ones.
 
     Attributes:
         log_curves: whether metrics are passed to the Trainer's logger; turned off by a callback that does so itself.
@@ -49,6 +52,7 @@ class ViTClassifier(L.LightningModule):
 
     mean: Tensor
     std: Tensor
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -62,6 +66,7 @@ class ViTClassifier(L.LightningModule):
         seed: int = 0,
         metrics: Sequence[str] = (),
         imports: Sequence[str] = (),
+        class_weights: list[float] | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(logger=False)
@@ -71,6 +76,15 @@ class ViTClassifier(L.LightningModule):
         self.augment = AugmentConfig(**(augment or {"rotation": 0.0, "flip": 0.0}))
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
+        weights = None if class_weights is None else torch.tensor(class_weights)
+        self.register_buffer("class_weights", weights, persistent=False)
+        loss = register.loss[self.optim.loss]
+        takes = inspect.signature(loss).parameters.keys() - register.loss.settings(self.optim.loss).keys()
+        if weights is not None and "weight" not in takes:
+            raise InputError(
+                f"optim.class_weights={self.optim.class_weights}: optim.loss={self.optim.loss} takes no class weights; "
+                "give it a fourth argument, weight"
+            )
         side = self.net.image_size
         # The model summary computes sizes and FLOPs from it.
         self.example_input_array = torch.zeros(1, self.net.channels, side, side, dtype=torch.uint8)
@@ -161,7 +175,8 @@ class ViTClassifier(L.LightningModule):
         x, targets = self.augmented(*batch)
         logits = self.net(x)
         config = self.optim
-        loss = register.loss.build(config.loss, config.options, logits, targets, config.label_smoothing)
+        weights = [] if self.class_weights is None else [self.class_weights]
+        loss = register.loss.build(config.loss, config.options, logits, targets, config.label_smoothing, *weights)
         labels = targets.argmax(dim=1) if targets.ndim == 2 else targets  # of a mixed image, the larger share
         self._measure("train", logits, labels, loss)
         self.log("loss", loss, on_step=True, on_epoch=False, prog_bar=True, logger=False)

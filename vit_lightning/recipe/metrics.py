@@ -1,5 +1,8 @@
-"""What is measured in training, validation and testing."""
+"""What is measured in training, validation and testing, and which epoch is the best."""
 
+import functools
+import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -7,6 +10,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection, SumMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from vit_lightning import register
+from vit_lightning.config import TOP5_ABOVE
 
 
 class ImageCount(SumMetric):
@@ -29,6 +33,11 @@ def macro_f1(classes: int) -> Metric:
     return MulticlassF1Score(classes, average="macro", validate_args=False)
 
 
+def measures_top5(classes: int) -> bool:
+    """Whether top-5 accuracy is measured and shown."""
+    return classes > TOP5_ABOVE
+
+
 def build_metrics(classes: int, more: list[str]) -> MetricCollection:
     """Everything that is measured.
 
@@ -42,10 +51,28 @@ def build_metrics(classes: int, more: list[str]) -> MetricCollection:
     metrics: dict[str, Any] = {
         "loss": MeanMetric(),
         "acc": MulticlassAccuracy(classes, average="micro", validate_args=False),
-        # With fewer than five classes, any five guesses include the label.
-        "acc5": MulticlassAccuracy(classes, top_k=min(5, classes), average="micro", validate_args=False),
-        **{name: register.metric[name](classes) for name in more},
-        "images": ImageCount(),
     }
+    if measures_top5(classes):
+        metrics["acc5"] = MulticlassAccuracy(classes, top_k=5, average="micro", validate_args=False)
+    metrics |= {name: register.metric[name](classes) for name in more}
+    metrics["images"] = ImageCount()
     # Metrics whose states are equal after one batch, as top-1 and top-5 may be, would otherwise be merged.
     return MetricCollection(metrics, compute_groups=False)
+
+
+@functools.cache
+def mode_of(monitor: str) -> str:
+    """Whether a metric such as ``val/loss`` is better where it is lower (``min``) or higher (``max``)."""
+    name = monitor.rpartition("/")[2]
+    lower = name == "loss" or (name in register.metric and register.metric[name](2).higher_is_better is False)
+    return "min" if lower else "max"
+
+
+def quality(values: Mapping[str, float], monitor: str) -> tuple[float, float]:
+    """How good an epoch is, to compare it with others: the monitored metric, then the loss; larger is better.
+
+    An epoch without validation, and a metric that is NaN, are worse than all others.
+    """
+    value, loss = values.get(monitor, math.nan), values.get("val/loss", math.nan)
+    value = -value if mode_of(monitor) == "min" else value
+    return -math.inf if math.isnan(value) else value, -math.inf if math.isnan(loss) else -loss

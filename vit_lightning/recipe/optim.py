@@ -1,7 +1,7 @@
 """Losses, parameter groups, optimizers, learning-rate schedules, and the moving average of the weights.
 
 A registered optimizer is built from the network and the configuration; a schedule maps the completed fraction of a run
-to a factor; a loss takes logits, targets and the label smoothing.
+to a factor; a loss takes logits, targets and the label smoothing, and as ``weight`` the classes' weights if it can.
 """
 
 import inspect
@@ -279,22 +279,46 @@ def cosine(done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * done))
 
 
+def class_weights(counts: Tensor, kind: str) -> list[float] | None:
+    """The weights of the classes in the training loss, whose mean over the training images is one.
+
+    Args:
+        counts: (classes,), the number of training images of each; a class without any has weight zero.
+        kind: ``balanced`` for weights in inverse proportion to ``counts``, ``sqrt`` for their square roots, ``none``.
+    """
+    if kind == "none":
+        return None
+    weights = counts.double().pow(-1.0 if kind == "balanced" else -0.5)
+    weights[counts == 0] = 0.0
+    return (weights * counts.sum() / (weights * counts).sum()).tolist()
+
+
 @register.loss("cross_entropy")
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
-    """Cross-entropy of logits (B, classes) and labels (B,) or class probabilities (B, classes)."""
-    return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float, weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy of logits (B, classes) and labels (B,) or class probabilities (B, classes).
+
+    With weights (classes,), the sum over the batch is divided by B, as Keras does, and not by the sum of the weights,
+    as torch does for labels only: so mixed images, several processes and accumulated gradients change nothing.
+    """
+    if weight is None:
+        return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, targets, weight, reduction="none", label_smoothing=label_smoothing).mean()
 
 
 @register.loss("bce")
-def binary_cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float) -> Tensor:
+def binary_cross_entropy(
+    logits: Tensor, targets: Tensor, label_smoothing: float, weight: Tensor | None = None
+) -> Tensor:
     """Binary cross-entropy of each class against the rest, as in DeiT III (Touvron et al., 2022, arXiv:2204.07118).
 
-    The sum over classes, averaged over the batch; arguments as for :func:`cross_entropy`.
+    The sum over classes, averaged over the batch; arguments as for :func:`cross_entropy`. All of an image's sum has the
+    weight of its label.
     """
     classes = logits.shape[1]
     shares = targets if targets.ndim == 2 else F.one_hot(targets, classes).to(logits.dtype)
-    shares = shares * (1 - label_smoothing) + label_smoothing / classes
-    return F.binary_cross_entropy_with_logits(logits, shares, reduction="none").sum(dim=1).mean()
+    smooth = shares * (1 - label_smoothing) + label_smoothing / classes
+    losses = F.binary_cross_entropy_with_logits(logits, smooth, reduction="none").sum(dim=1)
+    return (losses if weight is None else losses * (shares @ weight)).mean()
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:

@@ -18,6 +18,7 @@ from vit_lightning.devices import memory, now
 from vit_lightning.files import RunFiles, save_figure, write_atomic
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import timer_of
+from vit_lightning.recipe.metrics import quality
 from vit_lightning.recipe.optim import total_norm
 from vit_lightning.runs.progress import SPEED, describe_epoch, epoch_header, log_metrics
 from vit_lightning.terminal import relative, warn_instead
@@ -39,13 +40,22 @@ class EpochRecorder(Callback):
         record: where the run is started from this time.
         name: of the run, in the title of the curves.
         training: what the curves of the training are called.
+        monitor: the metric of the best epoch.
     """
 
-    def __init__(self, run_dir: Path, record: dict[str, Any], name: str = "", training: str = "training") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        record: dict[str, Any],
+        name: str = "",
+        training: str = "training",
+        monitor: str = "val/acc",
+    ) -> None:
         self.files = RunFiles(run_dir)
         self.starts = [record]
         self.name = name
         self.training = training
+        self.monitor = monitor
         self.rows: list[dict[str, float]] = []
         self.samples_seen = 0
         self.images = dict.fromkeys(("train", "val", "test"), 0)
@@ -62,13 +72,13 @@ class EpochRecorder(Callback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the best ``val/acc``, and of several the one with the lowest ``val/loss``.
+        """The row with the best value of ``monitor``, and of several the one with the lowest ``val/loss``.
 
         Without any validation (``trainer.limit_val_batches=0``), the last row.
         """
         if not any("val/acc" in row for row in self.rows):
             return self.rows[-1]
-        return max(self.rows, key=lambda row: (row.get("val/acc", -1.0), -row.get("val/loss", math.inf)))
+        return max(self.rows, key=lambda row: quality(row, self.monitor))
 
     @property
     def columns(self) -> list[str]:
@@ -157,15 +167,23 @@ class EpochRecorder(Callback):
         if not trainer.is_global_zero:
             return
         speed = {"speed/images_per_second": row[SPEED], "speed/memory_gb": memory(trainer.strategy.root_device) / 1e9}
-        best = {"best/acc": self.best["val/acc"]} if self._validated else {}
+        measured = ("val/acc", self.monitor) if self._validated else ()
+        best = {name.replace("val/", "best/", 1): self.best[name] for name in measured}
         log_metrics(trainer, {**metrics_of(row), **best, **speed}, trainer.global_step - 1)
         self._write([row])
         timer = timer_of(trainer)
         limit = timer.time_remaining() if timer else None
         if not self._header_printed:
-            print(epoch_header(trainer.max_epochs or 0))
+            print(epoch_header(trainer.max_epochs or 0, self._extra))
             self._header_printed = True
-        print(describe_epoch(row, trainer.max_epochs or 0, math.inf if limit is None else limit), flush=True)
+        limit = math.inf if limit is None else limit
+        print(describe_epoch(row, trainer.max_epochs or 0, limit, self._extra), flush=True)
+
+    @property
+    def _extra(self) -> str | None:
+        """The metric that an epoch's line shows besides loss and top-1, if there is one."""
+        names = [self.monitor.removeprefix("val/"), "acc5", "balanced_acc"]
+        return next((name for name in names if f"train/{name}" in self.rows[0] and name not in ("loss", "acc")), None)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.images["test"] = int(trainer.callback_metrics["test/images"])
@@ -186,16 +204,18 @@ class Report(Callback):
     """Reports the progress of training.
 
     Args:
-        report: called after every validation with the epoch, from 1, and ``val/acc``; an exception ends the run.
+        report: called after every validation with the epoch, from 1, and the metric; an exception ends the run.
+        monitor: the metric.
     """
 
-    def __init__(self, report: Callable[[int, float], None]) -> None:
+    def __init__(self, report: Callable[[int, float], None], monitor: str) -> None:
         self.report = report
+        self.monitor = monitor
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self.report(trainer.current_epoch + 1, trainer.callback_metrics["val/acc"].item())
+        self.report(trainer.current_epoch + 1, trainer.callback_metrics[self.monitor].item())
 
 
 class WeightAverage(WeightAveraging):
@@ -211,7 +231,7 @@ class StopAtTarget(Callback):
 
     Args:
         acc: ``val/acc`` to reach, in [0, 1].
-        acc5: ``val/acc5`` to reach at the same time.
+        acc5: ``val/acc5`` to reach at the same time; 0 where that is not measured.
     """
 
     def __init__(self, acc: float, acc5: float) -> None:
@@ -235,7 +255,8 @@ class StopAtTarget(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        self._latest = trainer.callback_metrics["val/acc"].item(), trainer.callback_metrics["val/acc5"].item()
+        measured = trainer.callback_metrics
+        self._latest = measured["val/acc"].item(), float(measured.get("val/acc5", 0.0))
         self.on_train_start(trainer, pl_module)
 
 

@@ -27,6 +27,7 @@ from vit_lightning.data.module import ImageData
 from vit_lightning.keys import InputError, flatten
 from vit_lightning.recipe.augment import denormalise
 from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.metrics import measures_top5, quality
 from vit_lightning.recipe.optim import total_norm
 from vit_lightning.runs.progress import log_metrics
 from vit_lightning.runs.run import MAY_CHANGE
@@ -34,11 +35,9 @@ from vit_lightning.terminal import relative, warn_instead
 
 # One chart for training and validation, in the custom-scalars tab.
 LAYOUT = {  # tags are regular expressions
-    "training and validation": {
-        "loss": ["Multiline", ["^loss/train$", "^loss/val$"]],
-        "top-1": ["Multiline", ["^accuracy/top1_train$", "^accuracy/top1_val$"]],
-        "top-5": ["Multiline", ["^accuracy/top5_train$", "^accuracy/top5_val$"]],
-    }
+    "loss": ["Multiline", ["^loss/train$", "^loss/val$"]],
+    "top-1": ["Multiline", ["^accuracy/top1_train$", "^accuracy/top1_val$"]],
+    "top-5": ["Multiline", ["^accuracy/top5_train$", "^accuracy/top5_val$"]],
 }
 IMAGES = 12  # number of training images drawn
 EXPLAINED = 6  # number of validation images whose attention is drawn
@@ -65,7 +64,7 @@ class Dashboard(Callback):
         self.patches = patches
         self._probabilities: list[Tensor] = []  # the validation images so far in this epoch
         self._step: dict[str, float] = {}  # values of the current step, for the curves by step
-        self._best: tuple[tuple[float, float], int, Tensor] | None = None  # val/acc and -val/loss, epoch, probabilities
+        self._best: tuple[tuple[float, float], int, Tensor] | None = None  # quality, epoch, probabilities
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -76,7 +75,9 @@ class Dashboard(Callback):
         writer = writer_of(trainer)
         if writer is None:
             return
-        writer.add_custom_scalars(LAYOUT)
+        top5 = measures_top5(len(self.data.class_names))
+        charts = {name: chart for name, chart in LAYOUT.items() if name != "top-5" or top5}
+        writer.add_custom_scalars({"training and validation": charts})
         # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
         # TensorBoard finds; without, it gathers them from all runs, the ones that differ first.
         writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(self.config), trial_id=self.name))
@@ -132,9 +133,11 @@ class Dashboard(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        quality = trainer.callback_metrics["val/acc"].item(), -trainer.callback_metrics["val/loss"].item()
-        if trainer.world_size == 1 and (self._best is None or quality > self._best[0]):
-            self._best = quality, trainer.current_epoch + 1, torch.cat(self._probabilities)
+        measured = quality(
+            {name: value.item() for name, value in trainer.callback_metrics.items()}, self.config.monitor
+        )
+        if trainer.world_size == 1 and (self._best is None or measured > self._best[0]):
+            self._best = measured, trainer.current_epoch + 1, torch.cat(self._probabilities)
 
     def log_best(self, trainer: L.Trainer, record: dict[str, Any]) -> None:
         """Write the final metrics of the run.

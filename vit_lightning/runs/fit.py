@@ -16,7 +16,7 @@ from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, Simpl
 from matplotlib.figure import Figure
 
 from vit_lightning.analysis.figures import draw_patches, name_run
-from vit_lightning.config import Config, TrainerConfig
+from vit_lightning.config import TOP5_ABOVE, Config, TrainerConfig
 from vit_lightning.data.module import ImageData, follow_data
 from vit_lightning.devices import (
     check_accelerator,
@@ -31,16 +31,17 @@ from vit_lightning.keys import InputError, Invocation, from_python
 from vit_lightning.provenance import provenance
 from vit_lightning.recipe.augment import denormalise, eval_transform
 from vit_lightning.recipe.classifier import ViTClassifier
-from vit_lightning.recipe.optim import ema_update
+from vit_lightning.recipe.metrics import measures_top5, mode_of
+from vit_lightning.recipe.optim import class_weights, ema_update
 from vit_lightning.recipe.weights import follow_weights, load_classifier, start_from
 from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters, run_name
 from vit_lightning.runs.processes import check_splits, placement, share_run_dir
 from vit_lightning.runs.progress import EpochBar
-from vit_lightning.runs.report import describe_step, describe_training, show_results, show_start, summarise
+from vit_lightning.runs.report import describe_step, describe_training, show_results, show_start, summarise, unequal
 from vit_lightning.runs.run import Run, check_same_data, lock_run
-from vit_lightning.terminal import is_first, relative, warn_instead
+from vit_lightning.terminal import format_metric, is_first, relative, warn_instead
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
 
@@ -58,13 +59,13 @@ def train(
     Args:
         config: configuration of the run.
         run_dir: a new directory, or that of the same run, which is then continued if it was interrupted.
-        report: called after every validation with the epoch, from 1, and ``val/acc``; an exception ends the run.
+        report: called after every validation with the epoch, from 1, and ``config.monitor``; an exception ends the run.
         invocation: the command that asked for the run; ``None`` if called from Python.
         callbacks: more callbacks, besides those of ``config.callbacks``.
         loggers: instead of those of ``config.logger``; ``None`` for those, or for TensorBoard if called from Python.
 
     Returns:
-        The best ``val/acc``, in [0, 1], for a sweeper to maximise; NaN without validation.
+        The best value of ``config.monitor``, for a sweeper to optimise; NaN without validation.
 
     Raises:
         InputError: if the configuration does not fit the data or the machine.
@@ -80,7 +81,8 @@ def train(
     ):
         if run.result is not None:
             if is_first():
-                print(f"{relative(run.folder)} is already finished: val/acc {run.result:.1%}")
+                result = format_metric(run.config.monitor, run.result)
+                print(f"{relative(run.folder)} is already finished: {run.config.monitor} {result}")
             return run.result
         if run.checkpoint is not None and is_first():
             print(f"continuing {relative(run.folder)} from step {run.step}")
@@ -92,11 +94,21 @@ def train(
         # Built from what was typed this time: a run that is resumed names parts too, but a file must not run code.
         own = [
             *callbacks,
-            *(invocation.build(each, run.folder) for each in config.callbacks.values() if invocation.build),
+            *(
+                invocation.build(follow(each, config), run.folder)
+                for each in config.callbacks.values()
+                if invocation.build
+            ),
         ]
         loggers = build_loggers(config, run, invocation) if loggers is None else loggers
         with resume_hint(run.files):
             return fit_and_test(run, data, classifier, record, report, own, loggers)
+
+
+def follow(callback: dict[str, Any], config: Config) -> dict[str, Any]:
+    """A callback of the configuration; if it watches ``config.monitor``, its mode is that metric's."""
+    watches = "mode" in callback and callback.get("monitor") == config.monitor
+    return {**callback, "mode": mode_of(config.monitor)} if watches else callback
 
 
 def open_data(run: Run) -> ImageData:
@@ -111,6 +123,12 @@ def open_data(run: Run) -> ImageData:
         if not len(data.indices[split]):
             raise InputError(f"data.root={run.config.data.root} has no {name} images; train/ and val/ would have them")
     run.config = follow_data(run.config, data)
+    if not measures_top5(len(data.class_names)):
+        few = f"is not measured for {len(data.class_names)} classes, only for more than {TOP5_ABOVE}"
+        if run.config.target_acc5:
+            raise InputError(f"target_acc5={run.config.target_acc5}: top-5 {few}; set target_acc5=null")
+        if run.config.monitor == "val/acc5":
+            raise InputError(f"monitor=val/acc5: top-5 {few}; choose another metric")
     if run.config.trainer.overfit_batches:
         data.indices["train"] = data.indices["train"][: run.config.trainer.overfit_batches * data.config.batch_size]
     check_limits(run.config.trainer, data)
@@ -123,6 +141,9 @@ def open_data(run: Run) -> ImageData:
 def build_classifier(run: Run, data: ImageData) -> ViTClassifier:
     """A new classifier, with the weights of ``config.checkpoint`` if a new run has one."""
     config = run.config
+    counts = data.class_counts()
+    # Accuracy hides it if the small classes are all taken for the large ones.
+    more = ["balanced_acc"] if unequal(counts) and "balanced_acc" not in config.metrics else []
     own: Any = run.content["hyper_parameters"] if run.content is not None else {}  # start_from may have changed them
     classifier = ViTClassifier(
         model=asdict(config.model),
@@ -133,7 +154,8 @@ def build_classifier(run: Run, data: ImageData) -> ViTClassifier:
         data=asdict(config.data),
         augment=asdict(config.augment),
         seed=config.seed,
-        metrics=config.metrics,
+        metrics=[*config.metrics, *more],
+        class_weights=class_weights(counts, config.optim.class_weights),
         imports=config.imports,
     )
     if run.checkpoint is None and config.checkpoint is not None:
@@ -162,11 +184,11 @@ def fit_and_test(
         loggers: all loggers.
 
     Returns:
-        The best ``val/acc``.
+        The best value of ``config.monitor``.
     """
     config, files = run.config, run.files
     name = run_name(record["overrides"], run.folder)
-    recorder = EpochRecorder(run.folder, record, name, describe_training(config))
+    recorder = EpochRecorder(run.folder, record, name, describe_training(config), config.monitor)
     patches = name_run(patches_of(data, config.model.patch_size), name)
     dashboard = Dashboard(config, data, name, {"command": record["command"]}, patches)
     if is_first():
@@ -174,7 +196,7 @@ def fit_and_test(
         write_atomic(files.config, yaml.safe_dump(asdict(config), sort_keys=False))
         with warn_instead("patches"):
             save_figure(patches, files.patches)
-    own = [recorder, dashboard, *callbacks, *([] if report is None else [Report(report)])]
+    own = [recorder, dashboard, *callbacks, *([] if report is None else [Report(report, config.monitor)])]
     trainer = build_trainer(run, data, recorder, own, loggers)
     if is_first():
         dashboard.text["step"] = describe_step(config, trainer.world_size)
@@ -202,7 +224,7 @@ def fit_and_test(
         best = load_classifier(str(files.best)) if config.trainer.strategy == "fsdp" else tested  # fsdp shards tested
         dashboard.show_best(best.to(trainer.strategy.root_device), trainer, summary)
         show_results(summary, run)
-    return recorder.best.get("val/acc", math.nan)
+    return recorder.best.get(config.monitor, math.nan)
 
 
 def build_loggers(config: Config, run: Run, invocation: Invocation) -> list[Logger]:

@@ -9,23 +9,36 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vit_lightning.terminal import format_metric, label_of
+
 SPEED = "train/images_per_second"
 
 
-def epoch_header(epochs: int) -> str:
+def epoch_header(epochs: int, extra: str | None = None) -> str:
     """The header of the lines of :func:`describe_epoch`."""
-    return f"{'epoch':>{_width(epochs)}}   train loss   top-1   val loss   top-1   top-5  images/s  time left"
+    more = f" {label_of(extra)[:10]:>7}" if extra else ""
+    return f"{'epoch':>{_width(epochs)}}   train loss   top-1   val loss   top-1{more}  images/s  time left"
 
 
-def describe_epoch(row: dict[str, float], epochs: int, limit: float) -> str:
-    """Summarise an epoch in one line, with the estimated time left, at most ``limit`` seconds."""
+def describe_epoch(row: dict[str, float], epochs: int, limit: float, extra: str | None = None) -> str:
+    """Summarise an epoch in one line.
+
+    Args:
+        row: of ``metrics.csv``.
+        epochs: of the run.
+        limit: the most seconds that may be left.
+        extra: a metric to show besides loss and top-1, such as ``acc5``.
+    """
     left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
     time = f"{left:,.0f} s" if left < 120 else f"{left / 60:,.0f} min" if left < 36_000 else f"{left / 3600:,.0f} h"
     cells = [f"{row['train/loss']:12.3f}", f"{row['train/acc']:7.1%}"]
     if "val/loss" in row:
-        cells += [f"{row['val/loss']:10.3f}", f"{row['val/acc']:7.1%}", f"{row['val/acc5']:7.1%}"]
+        cells += [f"{row['val/loss']:10.3f}", f"{row['val/acc']:7.1%}"]
     else:
-        cells += [" " * 10, " " * 7, " " * 7]
+        cells += [" " * 10, " " * 7]
+    if extra:
+        value = row.get(f"val/{extra}")
+        cells.append(f"{'' if value is None else format_metric(extra, value):>{max(7, len(label_of(extra)[:10]))}}")
     number = f"{row['epoch']:.0f}/{epochs}"
     return f"{number:>{_width(epochs)}} {' '.join(cells)} {row[SPEED]:9,.0f} {time:>10}"
 

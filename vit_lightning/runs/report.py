@@ -6,14 +6,18 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.model_summary import ModelSummary
+from torch import Tensor
 
 from vit_lightning.config import Config
 from vit_lightning.data.module import ImageData
 from vit_lightning.provenance import hardware
 from vit_lightning.recipe.classifier import ViTClassifier
+from vit_lightning.recipe.metrics import mode_of
 from vit_lightning.runs.callbacks import EpochRecorder, metrics_of
 from vit_lightning.runs.run import Run
-from vit_lightning.terminal import print_table, relative
+from vit_lightning.terminal import format_metric, label_of, print_table, relative
+
+UNEQUAL = 3  # how many times as many images as the smallest class the largest one has, to be worth a word
 
 
 def summarise(
@@ -36,6 +40,7 @@ def summarise(
         "images": recorder.images,
         "epochs": len(recorder.rows),
         "best_epoch": best["epoch"],
+        "mode": mode_of(config.monitor),
         "samples_seen": recorder.samples_seen,
         "seconds": recorder.rows[-1]["seconds"],
         "seconds_to_val_acc": seconds_to_marks(recorder.rows),
@@ -57,11 +62,13 @@ def describe_step(config: Config, processes: int) -> str:
 
 
 def describe_training(config: Config) -> str:
-    """What curves of the training are called: some settings raise its loss above that of the plain images."""
+    """What curves of the training are called: some settings make its loss another than that of the plain images."""
     reasons = {
         "mixed images": config.augment.mixup or config.augment.cutmix,
         "smoothed labels": config.optim.label_smoothing,
         config.optim.loss: config.optim.loss != "cross_entropy",
+        "weighted classes": config.optim.class_weights != "none",
+        "balanced classes": config.data.sampler == "balanced",
     }
     return f"training ({', '.join(name for name, holds in reasons.items() if holds) or 'augmented'})"
 
@@ -71,6 +78,11 @@ def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
     best = max(row.get("val/acc", 0.0) for row in rows)
     marks = [mark for mark in range(5, 101, 5) if mark <= 100 * best]
     return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
+
+
+def unequal(counts: Tensor) -> bool:
+    """Whether the largest class has three times as many training images as the smallest, or more."""
+    return bool(counts.max() >= UNEQUAL * counts.min())
 
 
 def show_start(config: Config, data: ImageData, classifier: ViTClassifier, trainer: L.Trainer) -> str:
@@ -88,6 +100,10 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
     print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes\ndevice: {name}")
     if trainer.world_size > 1:
         print(describe_step(config, trainer.world_size))
+    images = data.class_counts()
+    if unequal(images) and config.optim.class_weights == "none" and config.data.sampler == "shuffle":
+        few, many = (f"{data.class_names[place]} {images[place]:,}" for place in (images.argmin(), images.argmax()))
+        print(f"unequal classes ({few}, {many} images): try optim.class_weights=balanced or data.sampler=balanced")
 
     model = ModelSummary(classifier, max_depth=3)
     sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
@@ -106,17 +122,15 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
 
 def show_results(summary: dict[str, Any], run: Run) -> None:
     """Print the final metrics, the paths of the run's files, and how to open its dashboard."""
-    rows = []
-    names = [name.removeprefix("val/") for name in summary["metrics"] if name.startswith("val/")]
-    more = [name for name in names if name not in ("loss", "acc", "acc5")]
+    metrics, monitor, rows = summary["metrics"], summary["config"]["monitor"], []
+    names = [name.removeprefix("train/") for name in metrics if name.startswith("train/")]
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
-        if f"{split}/acc" not in summary["metrics"]:
-            continue  # test=false
-        loss, acc, acc5 = (summary["metrics"][f"{split}/{key}"] for key in ("loss", "acc", "acc5"))
-        others = (f"{summary['metrics'][f'{split}/{key}']:.3f}" for key in more)
-        rows.append((name, f"{summary['images'][split]:,}", f"{loss:.3f}", f"{acc:.1%}", f"{acc5:.1%}", *others))
-    title = f"best of {summary['epochs']} epochs: epoch {summary['best_epoch']}"
-    print_table(title, ("", "images", "loss", "top-1", "top-5", *more), rows)
+        if f"{split}/acc" in metrics:  # unlike with test=false
+            values = (format_metric(key, metrics[f"{split}/{key}"]) for key in names)
+            rows.append((name, f"{summary['images'][split]:,}", *values))
+    by = "" if monitor == "val/acc" else f" by {monitor}"
+    title = f"best of {summary['epochs']} epochs{by}: epoch {summary['best_epoch']}"
+    print_table(title, ("", "images", *map(label_of, names)), rows)
     print(
         f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
         f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"

@@ -43,7 +43,7 @@ class Run:
         checkpoint: path of the checkpoint that it continues from; ``None`` if it starts from the beginning.
         content: the content of that checkpoint.
         step: number of optimizer steps before that; ``None`` for a new run.
-        result: its best ``val/acc``, if it is finished.
+        result: its best value of ``config.monitor``, if it is finished.
     """
 
     config: Config
@@ -114,7 +114,8 @@ def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
         hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
         raise InputError(f"{relative(run_dir)} contains another run; {hint}")
     if files.summary.exists():
-        return Run(config, files, result=read_summary(files)["metrics"]["val/acc"])
+        # A run may leave out validation.
+        return Run(config, files, result=read_summary(files)["metrics"].get(config.monitor, math.nan))
     return find_checkpoint(config, saved, files)
 
 
@@ -327,8 +328,8 @@ def read_summary(files: RunFiles) -> dict[str, Any]:
     """
     try:
         summary = json.loads(files.summary.read_text(encoding="utf-8"))
-        acc = summary["metrics"].get("val/acc", math.nan)  # a run may leave out validation
-        return {"metrics": {"val/acc": float(acc)}, "epochs": int(summary["epochs"])}
+        metrics = {name: float(value) for name, value in summary["metrics"].items()}
+        return {"metrics": metrics, "epochs": int(summary["epochs"])}
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         name = relative(files.summary)
         raise InputError(f"{name} is damaged; delete it, and the run is tested again when it is resumed") from error

@@ -18,9 +18,10 @@ from vit_lightning.analysis.figures import shorten
 from vit_lightning.config import Config
 from vit_lightning.files import save_figure
 from vit_lightning.keys import InputError, Invocation, MachineError
+from vit_lightning.recipe.metrics import mode_of
 from vit_lightning.runs.fit import train
 from vit_lightning.schemas import SearchConfig, SearchRun
-from vit_lightning.terminal import print_files, print_table, warn_instead
+from vit_lightning.terminal import format_metric, label_of, print_files, print_table, warn_instead
 
 try:
     import optuna
@@ -40,7 +41,7 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
     search that is started again continues it, and a trial whose process died is continued where it stopped.
 
     Returns:
-        The best ``val/acc``, in [0, 1].
+        The best value of ``config.monitor``.
 
     Raises:
         InputError: if the storage cannot be opened, or has the study with other settings, or no trial finished.
@@ -67,8 +68,8 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
                     raise optuna.TrialPruned
                 return earlier.value
 
-        def report(epoch: int, acc: float) -> None:
-            trial.report(acc, epoch)
+        def report(epoch: int, value: float) -> None:
+            trial.report(value, epoch)
             if trial.should_prune():
                 print(f"trial {trial.number}: pruned after epoch {epoch}", flush=True)
                 raise optuna.TrialPruned
@@ -95,7 +96,7 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
             raise MachineError(f"the study in {run_dir} cannot be written ({reason}); free disk space") from error
     if not study.get_trials(deepcopy=False, states=(COMPLETE,)):
         raise InputError("search: no trial finished; increase search.timeout or change the space")
-    show(study, base, run_dir)
+    show(study, config.monitor, base, run_dir)
     return study.best_value
 
 
@@ -106,6 +107,7 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Stud
         InputError: if the storage cannot be opened, or has the study with other settings.
     """
     settings = config.search
+    direction = optuna.study.StudyDirection[f"{mode_of(config.monitor).upper()}IMIZE"]
     url = settings.storage or f"sqlite:///{run_dir / 'study.db'}"
     options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # waits for another worker's write
     pruner = (
@@ -123,14 +125,14 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Stud
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(),
             )
             study = optuna.create_study(
-                study_name=settings.study, storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
+                study_name=settings.study, storage=storage, pruner=pruner, direction=direction, load_if_exists=True
             )
     except (SQLAlchemyError, optuna.exceptions.OptunaError, RuntimeError, ValueError) as error:
         [reason, *_] = str(error).splitlines()
         raise InputError(f"search.storage={url} cannot be opened as the storage of a study ({reason})") from error
     started = study.user_attrs.get("settings")
     wanted = {"space": config.space, "overrides": sorted(base)}
-    if started is None and not study.trials and study.direction == optuna.study.StudyDirection.MAXIMIZE:
+    if started is None and not study.trials and study.direction == direction:
         study.set_user_attr("settings", wanted)
     elif started != json.loads(json.dumps(wanted)):
         raise InputError(
@@ -171,28 +173,33 @@ def typed(values: dict[str, Any]) -> list[str]:
     return overrides
 
 
-def show(study: optuna.Study, base: list[str], run_dir: Path) -> None:
+def show(study: optuna.Study, monitor: str, base: list[str], run_dir: Path) -> None:
     """Print the best trials and the command of the best one; draw the history and the importance of each key."""
     trials = study.get_trials(deepcopy=False, states=(COMPLETE,))
     values = {trial.number: trial.value or 0.0 for trial in trials}  # a complete trial always has a value
-    best = sorted(trials, key=lambda trial: -values[trial.number])[:BEST]
+    best = sorted(trials, key=lambda trial: values[trial.number], reverse=mode_of(monitor) == "max")[:BEST]
     keys = list(study.best_params)
-    rows = [(str(t.number), *(str(t.params[key]) for key in keys), f"{values[t.number]:.1%}") for t in best]
+    rows = [
+        (str(t.number), *(str(t.params[key]) for key in keys), format_metric(monitor, values[t.number])) for t in best
+    ]
     pruned = len(study.get_trials(deepcopy=False, states=(PRUNED,)))
-    print_table(f"{len(trials)} trials finished, {pruned} pruned", ("trial", *keys, "val/acc"), rows)
+    print_table(f"{len(trials)} trials finished, {pruned} pruned", ("trial", *keys, monitor), rows)
     plots = optuna.visualization.matplotlib
-    draw(plots.plot_optimization_history, study, "Validation accuracy of each trial", run_dir / "history.png")
+    target = f"validation {label_of(monitor)}"
+    draw(
+        plots.plot_optimization_history, study, target, f"{target} of each trial".capitalize(), run_dir / "history.png"
+    )
     if len(set(values.values())) > 1:
         note = f" (means little: fewer than {FEW} finished trials)" if len(trials) < FEW else ""
-        draw(plots.plot_param_importances, study, f"Importance of each key{note}", run_dir / "importances.png")
+        draw(plots.plot_param_importances, study, target, f"Importance of each key{note}", run_dir / "importances.png")
     print(shlex.join(["python", "-m", "vit_lightning.train", *base, *typed(study.best_params)]))
 
 
-def draw(plot: Callable[..., Axes], study: optuna.Study, title: str, path: Path) -> None:
+def draw(plot: Callable[..., Axes], study: optuna.Study, target: str, title: str, path: Path) -> None:
     """Save one of Optuna's figures, which it draws with pyplot and in a global style, and print its path."""
     with warn_instead(path.stem), plt.rc_context():
         plt.switch_backend("Agg")  # opens no window
-        axes = plot(study, target_name="validation top-1")
+        axes = plot(study, target_name=target)
         figure = plt.gcf()
         plt.close()
         axes.set_title("")  # Optuna's own
