@@ -13,6 +13,7 @@ import math
 import shutil
 import tempfile
 from collections import OrderedDict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -41,13 +42,12 @@ def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
     """
     remote = config.root if "://" in config.root or config.root.startswith("local:") else None
     folder = local_copy(config) if remote else Path(config.root).expanduser()
+    disk_bytes = None if config.cache_gb is None or remote is None else config.cache_gb * 1e9
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         labels = {part: torch.from_numpy(np.load(folder / part / "labels.npy")) for part in about["digest"]}
         images = {
-            part: ShardedImages(
-                folder / part, tuple(about["shape"]), window, remote and f"{remote}/{part}", config.cache_gb
-            )
+            part: ShardedImages(folder / part, about["shape"], window, remote and f"{remote}/{part}", disk_bytes)
             for part in labels
         }
         for part, values in labels.items():
@@ -55,6 +55,8 @@ def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
                 raise ValueError(f"{part}: {len(images[part])} images have {len(values)} labels")
         paths = json.loads((folder / "paths.json").read_text(encoding="utf-8"))
         return ImageArrays(images, labels, about["class_names"], about["mean"], about["std"], about["digest"], paths)
+    except InputError:
+        raise
     except (OSError, EOFError, ValueError, LookupError, TypeError) as error:
         reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else error
         raise InputError(
@@ -71,9 +73,10 @@ class ShardedImages:
         shape: of an image, (channels, height, width).
         window: number of shards among which images are shuffled, and that stay mapped.
         remote: where missing shards are downloaded from; ``None`` if all are in ``folder``.
-        disk_gb: disk that the downloaded shards of all parts may take, in GB; ``None`` for no limit.
+        disk_bytes: disk that the downloaded shards of all parts may take; ``None`` for no limit.
 
     Raises:
+        InputError: if that is less than two windows.
         OSError: if a file is missing.
         ValueError: if a file is not as it was written.
     """
@@ -81,16 +84,22 @@ class ShardedImages:
     device = torch.device("cpu")  # of the tensors that are gathered
 
     def __init__(
-        self, folder: Path, shape: tuple[int, ...], window: int, remote: str | None = None, disk_gb: float | None = None
+        self, folder: Path, shape: Sequence[int], window: int, remote: str | None, disk_bytes: float | None
     ) -> None:
         index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        self.folder, self.window, self.remote, self.disk_gb = folder, window, remote, disk_gb
+        self.folder, self.window, self.remote, self.disk_bytes = folder, window, remote, disk_bytes
         self.shards: list[dict[str, Any]] = index["chunks"]
         image_bytes = math.prod(shape)
         if not self.shards or any(each["dim"] != each["chunk_size"] * image_bytes for each in self.shards):
             raise ValueError(f"{folder / 'index.json'} does not list shards of images of shape {shape}")
         for each in [] if remote else self.shards:
             self._check_size(each)
+        needed = sum(sorted((each["chunk_bytes"] for each in self.shards), reverse=True)[: 2 * window])
+        if disk_bytes is not None and disk_bytes < needed:  # each batch would download shards again
+            raise InputError(
+                f"data.cache_gb={disk_bytes / 1e9:g} is less than two windows of shards take; use data.cache_gb="
+                f"{math.ceil(needed / 1e8) / 10} or more, or a smaller data.options.stream.window"
+            )
         self.starts = np.cumsum([0, *(each["chunk_size"] for each in self.shards)])
         self.shape = (int(self.starts[-1]), *shape)
         self.nbytes = math.prod(self.shape)
@@ -120,11 +129,17 @@ class ShardedImages:
         needed = np.unique(numbers).tolist()
         images = np.empty((len(flat), *self.shape[1:]), np.uint8)
         try:
-            if self.remote:
-                self._download([number for number in needed if number not in self._mapped])
+            missing = [number for number in needed if number not in self._mapped]
+            if self.remote and missing:
+                with ThreadPoolExecutor(DOWNLOADS) as pool:
+                    list(pool.map(self._download, missing))
             for number in needed:
                 here = numbers == number
                 images[here] = self._map(number)[flat[here] - self.starts[number]]
+            if self.remote and missing:
+                self._free_disk()
+        except InputError:
+            raise
         except (OSError, ValueError) as error:
             where = self.remote or self.folder
             raise InputError(f"data.root: a shard of {where} cannot be read ({error}); restore it") from error
@@ -140,6 +155,8 @@ class ShardedImages:
             count = self.shards[number]["chunk_size"]
             header = 4 * (count + 2)  # litdata writes the number of images, and where each begins and the last ends
             path = self.folder / self.shards[number]["filename"]
+            if self.remote:
+                self._download(number)  # it was deleted if a batch needs more shards than are kept
             self._mapped[number] = np.asarray(np.memmap(path, np.uint8, "r", header, (count, *self.shape[1:])))
         self._mapped.move_to_end(number)
         while len(self._mapped) > self.window:
@@ -152,14 +169,8 @@ class ShardedImages:
         if path.stat().st_size != shard["chunk_bytes"]:
             raise ValueError(f"{path} has {path.stat().st_size:,} of {shard['chunk_bytes']:,} bytes")
 
-    def _download(self, numbers: list[int]) -> None:
-        """Download the missing ones of some shards, several at a time, and mark all as being in use."""
-        with ThreadPoolExecutor(DOWNLOADS) as pool:
-            list(pool.map(self._download_one, numbers))
-        if self.disk_gb is not None:
-            self._free_disk(self.disk_gb)
-
-    def _download_one(self, number: int) -> None:
+    def _download(self, number: int) -> None:
+        """Download a shard if it is missing, and mark it as being in use."""
         path = self.folder / self.shards[number]["filename"]
         with FileLock(path.with_suffix(".fetch")):  # of several processes, one downloads
             if not path.exists():
@@ -167,13 +178,15 @@ class ShardedImages:
                 self._check_size(self.shards[number])
             path.touch()
 
-    def _free_disk(self, disk_gb: float) -> None:
-        """Delete the shards that were opened longest ago, while all take more; what is mapped stays readable."""
+    def _free_disk(self) -> None:
+        """Delete the shards that were opened longest ago, while all take more than ``disk_bytes``."""
+        if self.disk_bytes is None:
+            return
         found = []
         for path in self.folder.parent.glob("*/*.bin"):
             with contextlib.suppress(FileNotFoundError):  # another process deletes as well
                 found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
-        excess = sum(size for _, size, _ in found) - disk_gb * 1e9
+        excess = sum(size for _, size, _ in found) - self.disk_bytes
         for _, size, path in sorted(found):
             if excess <= 0:
                 break
