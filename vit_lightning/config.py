@@ -6,6 +6,7 @@ command line, Python code builds them directly (``ModelConfig(layers=4)``). Noth
 mistake is reported at once.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -73,7 +74,8 @@ class ModelConfig:
             raise InputError("model.drop_path, layer_scale and zero_init need model.block=prenorm; remove them")
         self._check_stem()
         if self.image_size % self.patch_size:
-            divisors = [n for n in range(1, self.image_size + 1) if self.image_size % n == 0]
+            small = [n for n in range(1, math.isqrt(self.image_size) + 1) if self.image_size % n == 0]
+            divisors = {*small, *(self.image_size // n for n in small)}
             closest = sorted(sorted(divisors, key=lambda n: abs(n - self.patch_size))[:2])
             raise InputError(
                 f"model.image_size={self.image_size} is not divisible by model.patch_size={self.patch_size}; "

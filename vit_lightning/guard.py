@@ -17,7 +17,10 @@ from typing import Any, NoReturn
 from vit_lightning.keys import InputError
 
 # Words of the errors that libraries raise without a class of their own.
-MEMORY_WORDS = ("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Unable to allocate")
+MEMORY_WORDS = (
+    *("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Unable to allocate"),
+    "Storage size calculation overflowed",
+)
 DISK_WORDS = (
     *("No space left on device", "disk is full", "File too large", "Read-only file system", "readonly database"),
     *("disk I/O error", "file write failed", "unexpected pos", "write failed"),

@@ -9,6 +9,8 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+LARGEST = {int: 2**63 - 1, float: 1e30}  # what torch takes; a float is multiplied before it becomes 32 bits
+
 
 class InputError(ValueError):
     """A mistake that the user can fix: one line that names the key or file, and what to do."""
@@ -59,7 +61,8 @@ def check_values(section: Any) -> None:
             continue  # a section, which checks itself
         value = getattr(section, declared.name)
         for item in value if isinstance(value, list) else [value]:
-            problem = problem_of(declared, item)
+            nested = item is not value and isinstance(item, list | dict)  # OmegaConf takes a list for a number in one
+            problem = "must be a list of single values" if nested else problem_of(declared, item)
             if problem:
                 raise InputError(f"{section.prefix}{declared.name}={value} {problem}")
 
@@ -79,6 +82,9 @@ def problem_of(declared: Field, value: Any) -> str | None:
         return None
     if not math.isfinite(value):
         return "must be finite"
+    largest = LARGEST[type(value)]
+    if abs(value) > largest:
+        return f"must be at most {largest}"
     low, high, above, below = (range_[name] for name in ("low", "high", "above", "below"))
     reached = (low is None or value >= low) and (above is None or value > above)
     if reached and (high is None or value <= high) and (below is None or value < below):
