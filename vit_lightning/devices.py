@@ -1,4 +1,4 @@
-"""The machine and how it is used: accelerator, precision, memory, compiler, and warnings about them."""
+"""The machine and how it is used: accelerator, precision, memory, compiler, random seeds, and warnings about them."""
 
 import contextlib
 import ctypes
@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -152,3 +153,8 @@ def now() -> float:
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
+
+
+def derived_seed(seed: int, number: int, use: str) -> int:
+    """Derive the seed of one use of one epoch or step of a run, independent of all others."""
+    return int(np.random.SeedSequence([seed, number, *use.encode()]).generate_state(1, np.uint64)[0]) >> 1

@@ -13,7 +13,8 @@ from torch.utils.data import WeightedRandomSampler, random_split
 
 from vit_lightning.config import AugmentConfig, Config, DataConfig, ModelConfig
 from vit_lightning.data.cache import ImageArrays
-from vit_lightning.data.module import BatchIndices, ImageData, follow_data, split_indices
+from vit_lightning.data.module import BatchIndices, ImageData, follow_data
+from vit_lightning.data.splits import split_indices
 from vit_lightning.keys import InputError
 
 

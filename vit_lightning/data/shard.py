@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from vit_lightning.data.cache import PARTS
-from vit_lightning.data.module import ImageData, derived_seed, shuffled
+from vit_lightning.data.module import ImageData, shuffled
 from vit_lightning.data.stream import ABOUT, LITDATA
+from vit_lightning.devices import derived_seed
 from vit_lightning.files import write_atomic
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.schemas import ShardConfig

@@ -19,7 +19,7 @@ from torchmetrics import MetricCollection
 
 from vit_lightning import register
 from vit_lightning.config import AugmentConfig, ModelConfig, OptimConfig
-from vit_lightning.data.module import derived_seed
+from vit_lightning.devices import derived_seed
 from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 from vit_lightning.recipe.augment import eval_transform, mix, resize, train_transform
