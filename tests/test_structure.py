@@ -18,7 +18,7 @@ ALLOWED = {
     "recipe": {"model", "data"},
     "analysis": {"model", "data", "recipe"},
     "runs": {"model", "data", "recipe", "analysis"},
-    "sweeps": {"runs", "analysis"},
+    "sweeps": {"runs", "analysis", "recipe"},
     "benchmarks": {"model", "data", "recipe", "analysis"},
 }
 OPTIONAL = {
