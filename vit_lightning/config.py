@@ -148,6 +148,9 @@ class AugmentConfig:
     prefix: ClassVar[str] = "augment."
 
     crop: int = key(0, "Largest shift along each axis, in whole source pixels; reflected at the border.", low=0)
+    scale: float = key(1.0, "Smallest share of the image's area in a random resized crop; 1 for no such crop. A "
+                       "data.stored_size above model.image_size gives it more pixels.", above=0, high=1)  # fmt: skip
+    ratio: float = key(1.333, "Largest aspect ratio of such a crop, and 1 over the smallest.", low=1, high=10)
     policy: str = key("none", "TrivialAugment, RandAugment or AutoAugment (CIFAR-10's policy).",
                       choices=("none", "trivial", "rand", "auto"))  # fmt: skip
     policy_prob: float = key(1.0, "Probability that the policy changes an image.", low=0, high=1)

@@ -59,6 +59,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
         ("layer_decay_rate llrd", "optim.layer_decay"),
         ("mixup_alpha", "augment.mixup"),
         ("cutmix_alpha", "augment.cutmix"),
+        ("random_resized_crop rrc crop_scale resize_scale", "augment.scale"),
         ("reprob random_erasing", "augment.erase"),
         ("aa auto_augment autoaugment randaugment rand_augment", "augment.policy"),
         ("hflip random_flip", "augment.flip"),

@@ -1,7 +1,7 @@
 """Transforms of whole batches of uint8 images, on the device they are on, with independent parameters per image.
 
-Resizing, rotation, flip and shift are one affine sampling of the small source images, with the normalisation folded in.
-A transform that is switched off costs nothing.
+Resizing, random resized crop, rotation, flip and shift are one affine sampling of the source images, with the
+normalisation folded in. A transform that is switched off costs nothing.
 Axes: B batch, C channels, h and w the source's height and width, S the network's image size.
 """
 
@@ -32,10 +32,11 @@ def eval_transform(images: Tensor, size: int, mean: Tensor, std: Tensor) -> Tens
 
 
 def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config: AugmentConfig) -> Tensor:
-    """Crop, apply a policy, resize, randomly rotate, flip and shift, scale to [0, 1], normalise and erase.
+    """Crop, apply a policy, resize, randomly crop, rotate, flip and shift, scale to [0, 1], normalise and erase.
 
     Areas that a rotation or a shift moves in from outside the image are black, as in torchvision's ``RandomRotation``;
-    sampling is bilinear. The random numbers come from torch's CPU generator.
+    those from outside a random resized crop show the image around it. Sampling is bilinear. The random numbers come
+    from torch's CPU generator.
 
     Args:
         images: (B, C, h, w), uint8, of any height and width; the central square is used.
@@ -57,14 +58,10 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         images = colour_jitter(images, 1 + config.jitter * (2 * torch.rand(3, len(images)) - 1))
     # Only divided here, so that black is still zero, which the area outside becomes; the mean is subtracted last.
     x = images / (255 * _per_channel(std))
-    if side > size:  # sampling cannot average over the source pixels that a target pixel covers
+    if side > size and config.scale == 1:  # sampling cannot average over the source pixels that a target pixel covers
         x = resize(x, size)
-    if config.rotation or config.shift or x.shape[-2:] != (size, size):
-        theta = random_affine(len(images), config).to(images.device)
-        grid = sampling_grid(theta, size)  # (B, 2, S, S)
-        inside = grid.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, S, S)
-        x = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
-        x.mul_(inside)
+    if config.rotation or config.shift or config.scale < 1 or x.shape[-2:] != (size, size):
+        x = sample(x, random_affine(len(images), config), size)
     elif config.flip:
         mirror = (torch.rand(len(images)) < config.flip).to(images.device)
         x = torch.where(mirror.view(-1, 1, 1, 1), x.flip(-1), x)
@@ -176,7 +173,7 @@ def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
 
 
 def random_affine(batch: int, config: AugmentConfig) -> Tensor:
-    """Draw affine maps from target to source coordinates: a flip, then a rotation and a shift.
+    """Draw affine maps from target to source coordinates: a flip, then a rotation, a shift and a crop.
 
     Args:
         batch: B, the number of images.
@@ -189,8 +186,56 @@ def random_affine(batch: int, config: AugmentConfig) -> Tensor:
     flip = 1 - 2 * (torch.rand(batch) < config.flip).float()  # -1 mirrors
     shift = (2 * torch.rand(2, batch) - 1) * 2 * config.shift  # an image is 2 wide in these coordinates
     cos, sin = angle.cos(), angle.sin()
-    rows = torch.stack([cos * flip, -sin, shift[0], sin * flip, cos, shift[1]], dim=1)
-    return rows.view(batch, 2, 3)
+    theta = torch.stack([cos * flip, -sin, shift[0], sin * flip, cos, shift[1]], dim=1).view(batch, 2, 3)
+    if config.scale < 1:
+        sides = random_sides(batch, config)
+        theta *= sides[:, :, None]
+        theta[:, :, 2] += (2 * torch.rand(batch, 2) - 1) * (1 - sides)  # the place of the crop's centre
+    return theta
+
+
+def random_sides(batch: int, config: AugmentConfig) -> Tensor:
+    """Draw the width and height of crops as torchvision's ``RandomResizedCrop`` does, but not in whole pixels.
+
+    The area is uniform, the ratio log-uniform; what does not fit into the image is drawn again. Szegedy et al., 2015,
+    https://arxiv.org/abs/1409.4842, section 6.
+
+    Args:
+        batch: B, the number of images.
+        config: ``scale`` and ``ratio``.
+
+    Returns:
+        (B, 2), in (0, 1]: as a share of the image's.
+    """
+    area = torch.empty(10, batch).uniform_(config.scale, 1)
+    ratio = torch.empty(10, batch).uniform_(-math.log(config.ratio), math.log(config.ratio)).exp()
+    sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)  # (10, B, 2)
+    sides = torch.cat([sides, torch.ones(1, batch, 2)])  # the whole image where none of ten fits
+    first = (sides <= 1).all(dim=-1).int().argmax(dim=0)  # (B,)
+    return sides[first, torch.arange(batch)]
+
+
+def sample(images: Tensor, theta: Tensor, size: int) -> Tensor:
+    """Sample every image by an affine map of its own: bilinear, and zero outside the image.
+
+    Args:
+        images: (B, C, s, s), float.
+        theta: (B, 2, 3), from :func:`random_affine`.
+        size: S, in pixels.
+
+    Returns:
+        (B, C, S, S), float.
+    """
+    # A source that is larger than the target, which only random crops sample from, is sampled at K × K points of each
+    # target pixel, which are averaged as an antialiased resize does. Even in a crop of the whole image the points are
+    # at most 5/4 source pixels apart, so that bilinear sampling, which reaches one pixel either way, misses none.
+    # Resizing the source first would take away the pixels that small crops consist of.
+    K = max(1, math.ceil(images.shape[-1] / size - 1 / 4))
+    grid = sampling_grid(theta.to(images.device), size * K)  # (B, 2, KS, KS)
+    inside = grid.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, KS, KS)
+    x = F.grid_sample(images, grid.permute(0, 2, 3, 1), mode="bilinear", padding_mode="border", align_corners=False)
+    x.mul_(inside)
+    return F.avg_pool2d(x, K) if K > 1 else x
 
 
 def sampling_grid(theta: Tensor, size: int) -> Tensor:
