@@ -1,13 +1,17 @@
 """Images in shards: what is written, the order in which it is read, object stores, and damage."""
 
+import functools
+import http.server
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
+import litdata.streaming.downloader
 import numpy as np
 import pytest
 import torch
@@ -167,6 +171,27 @@ def test_an_object_store_gives_the_same_batches(shards, tmp_path, workers):
     assert len(list(tmp_path.rglob("*.bin"))) == 5
 
 
+class Store(http.server.SimpleHTTPRequestHandler):
+    """What S3 answers to a request of a whole object."""
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+def test_s3_gives_the_same_batches(shards, tmp_path, monkeypatch):
+    (tmp_path / "bucket").symlink_to(shards)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Store, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "x")
+    monkeypatch.setattr(litdata.streaming.downloader, "_OBSTORE_AVAILABLE", False)  # it refuses plain HTTP
+    there = batches(opened("s3://bucket/", cache_dir=str(tmp_path / "cache")))
+    server.shutdown()
+    server.server_close()
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(there, batches(opened(shards)), strict=True))
+
+
 def test_downloads_stay_below_a_limit_of_the_disk(shards, tmp_path):
     window = {"stream": {"window": 1}}
     here = batches(opened(shards, options=window))
@@ -238,8 +263,9 @@ def test_a_shard_that_vanishes_is_reported(shards, tmp_path, workers):
 
 
 def test_without_litdata_it_is_said_how_to_install_it(source, tmp_path, monkeypatch):
-    for name in ("item_loader", "downloader"):
-        monkeypatch.setitem(sys.modules, f"litdata.streaming.{name}", None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "litdata"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "litdata", None)
     (tmp_path / "out").mkdir()
     with pytest.raises(InputError, match=r"vit_lightning\.shard needs litdata: pip install litdata"):
         shard(ShardConfig(data=source), tmp_path / "out")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vit_lightning.data.cache import PARTS
 from vit_lightning.data.module import ImageData, shuffled
-from vit_lightning.data.stream import ABOUT, LITDATA
+from vit_lightning.data.stream import ABOUT
 from vit_lightning.devices import derived_seed
 from vit_lightning.files import write_atomic
 from vit_lightning.keys import InputError, Invocation
@@ -81,7 +81,7 @@ def write_part(folder: Path, data: ImageData, split: str, positions: Tensor, sha
         from litdata.streaming.item_loader import TokensLoader
         from litdata.streaming.writer import BinaryWriter
     except ImportError as error:
-        raise InputError(f"python -m vit_lightning.shard {LITDATA}") from error
+        raise InputError("python -m vit_lightning.shard needs litdata: pip install litdata") from error
     folder.mkdir()
     pixels, labels = hashlib.sha256(), []
     writer = BinaryWriter(str(folder), chunk_bytes=shard_bytes, item_loader=TokensLoader())

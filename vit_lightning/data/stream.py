@@ -7,10 +7,11 @@ A directory of shards is what ``python -m vit_lightning.shard`` writes: a litdat
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
-import shutil
+import os
 import tempfile
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +30,6 @@ from vit_lightning.data.cache import ImageArrays
 from vit_lightning.keys import InputError, key
 
 ABOUT = "shards.json"
-LITDATA = "needs litdata: pip install litdata"
 DOWNLOADS = 8  # shards that a process downloads at the same time
 
 
@@ -40,10 +40,10 @@ def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
     Raises:
         InputError: if it is not complete, or cannot be downloaded.
     """
-    remote = config.root if "://" in config.root or config.root.startswith("local:") else None
-    folder = local_copy(config) if remote else Path(config.root).expanduser()
+    remote = config.root.rstrip("/") if "://" in config.root or config.root.startswith("local:") else None
     disk_bytes = None if config.cache_gb is None or remote is None else config.cache_gb * 1e9
     try:
+        folder = local_copy(remote, config.cache_dir) if remote else Path(config.root).expanduser()
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         labels = {part: torch.from_numpy(np.load(folder / part / "labels.npy")) for part in about["digest"]}
         images = {
@@ -216,30 +216,33 @@ def shuffle_by_shard(indices: Tensor, starts: np.ndarray, window: int, generator
     return indices[mixed[window_of[mixed].argsort(stable=True)]]
 
 
-def local_copy(config: DataConfig) -> Path:
+def local_copy(remote: str, cache_dir: str) -> Path:
     """Download what describes the shards of an object store; the shards follow when they are needed.
 
     Returns:
-        The directory of this content of ``data.root``, below ``data.cache_dir``.
+        The directory of this content of ``remote``, below ``cache_dir``.
 
     Raises:
-        InputError: if it cannot be downloaded.
+        InputError: if it cannot be downloaded or written.
     """
-    cache = Path(config.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".stream-", dir=cache) as new:
-        download(f"{config.root}/{ABOUT}", Path(new) / ABOUT)
-        content = (Path(new) / ABOUT).read_bytes()
-        name = hashlib.sha256(config.root.encode() + content).hexdigest()[:12]
+    cache = Path(cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".stream-", dir=cache) as new:
+            download(f"{remote}/{ABOUT}", Path(new) / ABOUT)
+            content = (Path(new) / ABOUT).read_bytes()
+        name = hashlib.sha256(remote.encode() + content).hexdigest()[:12]
         folder = cache / f"stream-{name}"
         with FileLock(cache / f".stream-{name}.lock"):
-            files = ["paths.json"]
             for part in json.loads(content)["digest"]:
-                files += [f"{part}/labels.npy", f"{part}/index.json"]
                 (folder / part).mkdir(parents=True, exist_ok=True)
-            for file in files:
-                download(f"{config.root}/{file}", folder / file)
-            shutil.copy(Path(new) / ABOUT, folder / ABOUT)
+                for file in ("labels.npy", "index.json"):
+                    download(f"{remote}/{part}/{file}", folder / part / file)
+            download(f"{remote}/paths.json", folder / "paths.json")
+            (folder / ABOUT).write_bytes(content)
+    except OSError as error:
+        reason = f"cannot be written ({error.strerror or error}); free disk space or choose another directory"
+        raise InputError(f"data.cache_dir={cache_dir} {reason}") from error
     return folder
 
 
@@ -250,12 +253,18 @@ def download(remote: str, path: Path) -> None:
         InputError: if it cannot be downloaded, or litdata is not installed.
     """
     try:
-        from litdata.streaming.downloader import get_downloader
-    except ImportError as error:
-        raise InputError(f"data.root={remote} {LITDATA}") from error
-    try:
-        get_downloader(remote, str(path.parent), []).download_file(remote, str(path))
+        downloader(remote.rpartition("/")[0], os.getpid()).download_file(remote, str(path))
         path.stat()  # litdata leaves a file out if it cannot be locked
     except Exception as error:  # each store has its own
+        if isinstance(error, ImportError) and (error.name or "").startswith("litdata"):
+            raise InputError(f"data.root={remote} needs litdata: pip install litdata") from error
         [reason, *_] = str(error).splitlines() or [""]
         raise InputError(f"data.root: {remote} cannot be downloaded ({type(error).__name__}: {reason})") from error
+
+
+@functools.cache
+def downloader(remote: str, process: int) -> Any:
+    """The downloader of a remote directory: one for each process, since connections do not survive a fork."""
+    from litdata.streaming.downloader import get_downloader
+
+    return get_downloader(remote, "", [])
