@@ -28,6 +28,7 @@ def test_links_lead_somewhere(guide):
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 300
+    assert max(map(len, lines)) <= 100
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*logging interval")
