@@ -288,7 +288,7 @@ def ready_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -
     images, labels = data.arrays.images["train"], data.arrays.labels["train"]
     batches = []
     for start in range(4):
-        pick = slice(start, None, max(4, len(images) // batch_size))
-        x = train_transform(images[pick][:batch_size], size, data.mean, data.std, config.augment)
-        batches.append((x.to(device), labels[pick][:batch_size].to(device)))
+        pick = torch.arange(start, len(images), max(4, len(images) // batch_size))[:batch_size]
+        x = train_transform(images[pick], size, data.mean, data.std, config.augment)
+        batches.append((x.to(device), labels[pick].to(device)))
     return cycle(batches)

@@ -26,8 +26,9 @@ BATCH = 256  # images that are read at a time
 def shard(config: ShardConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
     """Write the training, validation and test images of a source to ``run_dir``, each as a litdata data set.
 
-    The source is read and split as in training, through ``data.cache_dir``. Training images are shuffled, so that a
-    shard has images of all classes. Class names, mean and standard deviation are those of the source.
+    The source is read and split as in training, through ``data.cache_dir``, which needs room for all images. Training
+    images are shuffled, so that a shard has images of all classes. Class names, mean and standard deviation are those
+    of the source.
 
     Returns:
         The number of images.
