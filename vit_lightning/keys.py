@@ -16,6 +16,7 @@ class InputError(ValueError):
     """A mistake that the user can fix: one line that names the key or file, and what to do."""
 
     def __init__(self, message: str) -> None:
+        message = message.rpartition("InputError: ")[2]  # one of a loader's worker comes with its traceback
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may contain line breaks
 
 

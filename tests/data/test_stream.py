@@ -134,8 +134,10 @@ def test_few_shards_are_shuffled_as_one(shards):
 def test_each_epoch_has_every_image_once_over_all_processes(shards):
     data = opened(shards, options={"stream": {"window": 2}})
     images, indices = data.arrays.images["train"], data.indices["train"]
-    alone = BatchIndices(indices, 64, True, 3, order=images.shuffled)
-    shares = [BatchIndices(indices, 64, True, 3, (rank, 2), images.shuffled) for rank in range(2)]
+    alone = BatchIndices(indices, 64, True, 3)
+    shares = [BatchIndices(indices, 64, True, 3, (rank, 2)) for rank in range(2)]
+    for sampler in (alone, *shares):
+        sampler.order = images.shuffled
     epochs = []
     for epoch in (0, 1):
         for sampler in (alone, *shares):

@@ -129,8 +129,9 @@ class ImageData(L.LightningDataModule):
         device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
         share = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         images, labels = self._on_device(self._part(split), device)
-        order = shuffled if isinstance(images, Tensor) else images.shuffled
-        sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share, order)
+        sampler = BatchIndices(self.indices[split], batch_size, shuffle, self.seed, share)
+        if not isinstance(images, Tensor):
+            sampler.order = images.shuffled
         if shuffle:
             sampler.resume_position = self.resume_position
             if self.config.sampler == "balanced":
@@ -209,17 +210,10 @@ class BatchIndices(Sampler[Tensor]):
         shuffle: whether to shuffle each epoch and drop its last incomplete batch (training).
         seed: seed of the orders.
         share: rank of the process and number of processes; every batch is divided among them.
-        order: how the indices of an epoch are shuffled.
     """
 
     def __init__(
-        self,
-        indices: Tensor,
-        batch_size: int,
-        shuffle: bool,
-        seed: int,
-        share: tuple[int, int] = (0, 1),
-        order: Callable[[Tensor, torch.Generator], Tensor] = shuffled,
+        self, indices: Tensor, batch_size: int, shuffle: bool, seed: int, share: tuple[int, int] = (0, 1)
     ) -> None:
         self.indices = indices
         self.batch_size = batch_size
@@ -227,7 +221,7 @@ class BatchIndices(Sampler[Tensor]):
         self.seed = seed
         self.weights: Tensor | None = None  # of the indices, if each epoch draws as many with replacement
         self.rank, self.processes = share
-        self.order = order
+        self.order: Callable[[Tensor, torch.Generator], Tensor] = shuffled  # how an epoch is shuffled
         self.epoch = 0
         self.resume_position: dict[str, int] = {}  # the epoch, and its number of batches before the interruption
 
@@ -270,12 +264,9 @@ class ResumableLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
         self.yielded = self.sampler.first  # the generator starts after the Trainer has set the epoch
-        try:
-            for batch in super().__iter__():
-                self.yielded += 1
-                yield batch
-        except InputError as error:  # a worker's contains its traceback
-            raise InputError(str(error).rpartition("InputError: ")[2]) from error
+        for batch in super().__iter__():
+            self.yielded += 1
+            yield batch
 
     def state_dict(self) -> dict[str, int]:
         """Return the current position."""
