@@ -187,7 +187,9 @@ class OptimConfig:
     min_lr: float = key(0.0, "What cosine and linear end at, as a share of the peak learning rate.", low=0, high=1)
     layer_decay: float = key(1.0, "Factor of the learning rate from each block to the one below it.", above=0, high=1)
     freeze: list[str] = key(
-        [], "Parts of the network that are not trained: patch_embed, pos_embed, blocks.0 and so on."
+        [],
+        "Parts of the network that are not trained: patch_embed, pos_embed, blocks.0 and so on; backbone is all "
+        "but the head.",
     )
     warmup: float = key(0.0, "Share of the run in which the learning rate rises from zero.", low=0, below=1)
     clock: str = key("steps", "What the schedule follows; time ends it at trainer.max_time on any machine.",

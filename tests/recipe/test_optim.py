@@ -117,6 +117,16 @@ def test_frozen_parts_keep_their_weights_and_statistics():
         assert torch.equal(value, before[name]) == kept, name
 
 
+@pytest.mark.parametrize("config", [SMALL, CONV])
+def test_a_frozen_backbone_leaves_the_head(config):
+    net = ViT(config)
+    frozen = freeze(net, ["backbone"])
+    assert all(parameter.requires_grad == name.startswith("head.") for name, parameter in net.named_parameters())
+    assert {id(part) for part in frozen} == {id(part) for name, part in net.named_children() if name != "head"}
+    with pytest.raises(InputError, match="leaves nothing to train"):
+        freeze(net, ["backbone", "head"])
+
+
 @pytest.mark.parametrize(
     ("names", "message"),
     [

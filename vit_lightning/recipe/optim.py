@@ -118,7 +118,8 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
 
     Args:
         net: the network.
-        names: of its modules or parameters, such as ``patch_embed``, ``blocks.0`` or ``pos_embed``.
+        names: of its modules or parameters, such as ``patch_embed``, ``blocks.0`` or ``pos_embed``; ``backbone`` is
+            everything but the head.
 
     Returns:
         The modules among them.
@@ -127,6 +128,9 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
         InputError: if a name is unknown, or nothing is left to train.
     """
     modules, parameters = dict(net.named_modules()), dict(net.named_parameters())
+    if "backbone" in names:
+        below = {name.partition(".")[0] for name in [*modules, *parameters]} - {"", "head"}
+        names = sorted({*names, *below} - {"backbone"})
     for name in names:
         if name not in modules and name not in parameters:
             known = ", ".join([*(key for key, _ in net.named_children()), "blocks.0", "pos_embed", "cls_token"])
