@@ -105,6 +105,7 @@ def _check_domain(name: str, domain: Any) -> None:
 
 TRAINED = "Trained network: pretrained, a run's directory (its best checkpoint), a file, timm:NAME or hf:NAME."
 TTA = "Average the probabilities of an image and its mirror image (test-time augmentation)."
+EMBEDDINGS = "Write what the head reads of each image to embeddings.npz, and show it in TensorBoard's projector."
 
 
 @dataclass(slots=True)
@@ -117,6 +118,7 @@ class EvaluateConfig:
     data: DataConfig | None = None  # null for the images that the network was trained on
     split: str = key("test", "The images to count.", choices=("train", "val", "test"))
     tta: bool = key(False, TTA)
+    embeddings: bool = key(False, EMBEDDINGS)
     accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)
@@ -138,6 +140,7 @@ class PredictConfig:
     top: int = key(5, "Classes to report for each image.", low=1)
     attention: bool = key(False, "Draw where the network looks in the first 24 images.")
     tta: bool = key(False, TTA)
+    embeddings: bool = key(False, EMBEDDINGS)
     accelerator: str = key("auto", "Device.", choices=ACCELERATORS)
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)

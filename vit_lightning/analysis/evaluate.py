@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vit_lightning.analysis.embeddings import write_embeddings
 from vit_lightning.analysis.figures import name_run
 from vit_lightning.analysis.predictions import FIGURES, predict_split
 from vit_lightning.config import DataConfig
@@ -33,7 +34,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     # No batch of training images is drawn, so their number does not matter.
     data = ImageData(replace(chosen, batch_size=1), classifier.net.image_size)
     data.setup()
-    predictions = predict_split(classifier, data, config.split, config.tta)
+    predictions = predict_split(classifier, data, config.split, config.tta, config.embeddings)
     report = {
         **provenance(invocation or from_python()),
         "checkpoint": config.checkpoint,
@@ -47,6 +48,12 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     predictions.write_predictions(run_dir / "predictions.csv")
     show(report)
     print_files(run_dir / name for name in ("evaluation.json", "per_class.csv", "predictions.csv"))
+    if predictions.embeddings is not None:
+        labels, guesses = (
+            [predictions.class_names[i] for i in each] for each in (predictions.labels, predictions.guess)
+        )
+        columns = {"labels": labels, "class": guesses, "files": [str(file) for file in predictions.files()]}
+        write_embeddings(run_dir, predictions.embeddings, columns, lambda at: data.stored(config.split, at)[0])
     for name in FIGURES:
         with warn_instead(name):
             figure = predictions.draw(name)

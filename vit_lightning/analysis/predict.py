@@ -11,11 +11,14 @@ import numpy as np
 import torch
 
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches
+from vit_lightning.analysis.embeddings import SIDE as THUMBNAIL
+from vit_lightning.analysis.embeddings import classify_and_embed, write_embeddings
 from vit_lightning.analysis.figures import draw_attention, name_run, shorten
 from vit_lightning.data.images import decode_image, is_picture, visible_files
 from vit_lightning.devices import evaluation_device
 from vit_lightning.files import save_figure, write_atomic, write_csv
 from vit_lightning.keys import InputError, Invocation
+from vit_lightning.recipe.augment import resize
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.weights import load_classifier
 from vit_lightning.schemas import PredictConfig
@@ -42,6 +45,7 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     size, channels = classifier.net.image_size, classifier.net.channels
     rows: list[dict[str, Any]] = []
     seen: list[torch.Tensor] = []  # the images to draw
+    embedded: list[tuple[torch.Tensor, torch.Tensor]] = []  # embeddings and thumbnails
     starts = range(0, len(paths), BATCH)
     for start in with_bar(starts, "Predicting", len(starts)):
         files, arrays = [], []
@@ -53,7 +57,10 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
                 unreadable.append(str(error))
         if files:
             images = torch.from_numpy(np.stack(arrays))
-            rows += describe(classifier, images, files, config)
+            probabilities, features = classify_and_embed(classifier, images, config.tta)
+            rows += describe(probabilities, files, classifier.hparams["class_names"], config.top)
+            if config.embeddings:
+                embedded.append((features.cpu(), resize(images.float(), THUMBNAIL).round().byte()))
             seen += images[: DRAWN - len(seen)]
     for message in unreadable:
         print(f"error: {message}", file=sys.stderr)
@@ -74,6 +81,10 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
             if len(rows) > len(seen):
                 print(f"attention.png shows the first {len(seen)} of {len(rows)} images")
     print_files(run_dir / name for name in written)
+    if config.embeddings:
+        columns = {"class": [row["predictions"][0]["class"] for row in rows], "files": [row["file"] for row in rows]}
+        features, thumbnails = map(torch.cat, zip(*embedded, strict=True))
+        write_embeddings(run_dir, features, columns, thumbnails.__getitem__)
     if unreadable:
         sys.exit(f"error: {len(unreadable)} of {len(unreadable) + len(rows)} files could not be read (see above)")
     return sum(row["predictions"][0]["probability"] for row in rows) / len(rows)
@@ -98,12 +109,9 @@ def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
     return list(paths), unmatched
 
 
-def describe(
-    classifier: ViTClassifier, images: torch.Tensor, files: list[Path], config: PredictConfig
-) -> list[dict[str, Any]]:
+def describe(probabilities: torch.Tensor, files: list[Path], names: list[str], top: int) -> list[dict[str, Any]]:
     """List each image's file and most likely classes."""
-    names: list[str] = classifier.hparams["class_names"]
-    top = classifier.classify(images, config.tta).topk(min(config.top, len(names)), dim=1)
+    best = probabilities.topk(min(top, len(names)), dim=1)
     return [
         {
             "file": str(path),
@@ -111,7 +119,7 @@ def describe(
                 {"class": names[index], "probability": share} for index, share in zip(indices, shares, strict=True)
             ],
         }
-        for path, indices, shares in zip(files, top.indices.tolist(), top.values.tolist(), strict=True)
+        for path, indices, shares in zip(files, best.indices.tolist(), best.values.tolist(), strict=True)
     ]
 
 

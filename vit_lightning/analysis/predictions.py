@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from sklearn.metrics import precision_recall_fscore_support
 from torch import Tensor
 
+from vit_lightning.analysis.embeddings import classify_and_embed
 from vit_lightning.analysis.figures import draw_confusion, draw_images, draw_per_class, draw_reliability, shorten
 from vit_lightning.data.module import ImageData
 from vit_lightning.data.superclasses import SUPERCLASSES, superclass_indices
@@ -39,6 +40,7 @@ class Predictions:
         class_names: in the order of ``probabilities``.
         split: ``train``, ``val`` or ``test``, for titles.
         data: the images themselves, in the same order; ``None`` leaves out the figure that shows some.
+        embeddings: (n, D), float32, on the CPU, if they were asked for.
     """
 
     probabilities: Tensor
@@ -46,6 +48,7 @@ class Predictions:
     class_names: list[str]
     split: str = "test"
     data: ImageData | None = None
+    embeddings: Tensor | None = None
 
     @cached_property
     def top5(self) -> tuple[Tensor, Tensor]:
@@ -181,24 +184,26 @@ class Predictions:
             rows.append([self.class_names[index], counts[index], recall[index], acc5, share, other, times[index]])
         write_csv(path, rows)
 
-    def write_predictions(self, path: Path) -> None:
-        """Write a row for each image, in the split's order: its file, label and the five most probable classes.
+    def files(self) -> Sequence[Any]:
+        """The files of the images, or the numbers of images in the split that are not files."""
+        return (self.data and self.data.files(self.split)) or range(len(self.labels))
 
-        The file is the image's number in the split if it is not a file.
-        """
+    def write_predictions(self, path: Path) -> None:
+        """Write a row for each image, in the split's order: its file, label and the five most probable classes."""
         names, (values, classes) = self.class_names, self.top5
-        files: Sequence[Any] = (self.data and self.data.files(self.split)) or range(len(self.labels))
         numbers = range(1, values.shape[1] + 1)
         rows = [["image", "label", *(f"{what}_{i}" for i in numbers for what in ("class", "probability"))]]
         for file, label, indices, shares in zip(
-            files, self.labels.tolist(), classes.tolist(), values.tolist(), strict=True
+            self.files(), self.labels.tolist(), classes.tolist(), values.tolist(), strict=True
         ):
             guesses = ((names[index], f"{share:.6f}") for index, share in zip(indices, shares, strict=True))
             rows.append([file, names[label], *chain(*guesses)])
         write_csv(path, rows)
 
 
-def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False) -> Predictions:
+def predict_split(
+    classifier: ViTClassifier, data: ImageData, split: str, tta: bool = False, embeddings: bool = False
+) -> Predictions:
     """The predictions for all images of a split, in their order, with the classifier's order of classes.
 
     Args:
@@ -206,6 +211,7 @@ def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: b
         data: set up.
         split: ``train``, ``val`` or ``test``.
         tta: whether the probabilities of an image and its mirror image are averaged.
+        embeddings: whether the embeddings are kept.
 
     Raises:
         InputError: if the data has a class that the classifier lacks, or a different number of channels.
@@ -223,9 +229,13 @@ def predict_split(classifier: ViTClassifier, data: ImageData, split: str, tta: b
             f"takes {classifier.net.channels}"
         )
     index = torch.tensor([names.index(name) for name in data.class_names])
-    probabilities, labels = [], []
+    probabilities, labels, embedded = [], [], []
     loader = data.eval_dataloader(split)
     for images, numbers in with_bar(loader, f"Predicting {split} images", len(loader)):
-        probabilities.append(classifier.classify(images, tta).cpu())
+        shares, features = classify_and_embed(classifier, images, tta)
+        probabilities.append(shares.cpu())
         labels.append(index[numbers.cpu()])
-    return Predictions(torch.cat(probabilities), torch.cat(labels), names, split, data)
+        if embeddings:
+            embedded.append(features.cpu())
+    kept = torch.cat(embedded) if embeddings else None
+    return Predictions(torch.cat(probabilities), torch.cat(labels), names, split, data, kept)
