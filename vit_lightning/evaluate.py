@@ -3,6 +3,7 @@
   python -m vit_lightning.evaluate
   python -m vit_lightning.evaluate checkpoint=outputs/... split=val tta=true
   python -m vit_lightning.evaluate data=image_folder data.root=photos
+  python -m vit_lightning.evaluate split=val embeddings=true
 
 Without data=, the images that the network was trained on are used. Reports and
 figures are in outputs/evaluate/<date>/<time>/.

@@ -5,8 +5,9 @@
 
 The exported network is compared with PyTorch before it is kept, and the speed
 of both is measured. model.onnx (needs pip install -e ".[export]"), model.pt2 or
-model.safetensors is in outputs/export/<date>/<time>/. format=timm (needs
-pip install -e ".[weights]") makes that a directory for timm's local-dir:.
+model.safetensors is in outputs/export/<date>/<time>/, next to a model card for
+the Hugging Face Hub, README.md. format=timm (needs pip install -e ".[weights]")
+makes that a directory for timm's local-dir:.
 """
 
 from vit_lightning.guard import run

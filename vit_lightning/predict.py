@@ -3,9 +3,11 @@
   python -m vit_lightning.predict images=photos
   python -m vit_lightning.predict checkpoint=outputs/... images=cat.png
   python -m vit_lightning.predict 'images=[cat.png,new/*.jpg]' attention=true
+  python -m vit_lightning.predict images=photos embeddings=true
 
-The central square of a picture is used. predictions.json, predictions.csv and
-attention.png are in outputs/predict/<date>/<time>/.
+The central square of a picture is used. predictions.json, predictions.csv and,
+if asked for, attention.png and embeddings.npz, with what TensorBoard's projector
+shows, are in outputs/predict/<date>/<time>/.
 """
 
 from vit_lightning.guard import run

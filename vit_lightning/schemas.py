@@ -163,8 +163,8 @@ class ExportConfig:
     checkpoint: str = key("pretrained", TRAINED)
     format: str = key("onnx", "safetensors writes the weights alone, at half precision; timm writes what timm opens.",
                       choices=("onnx", "torch_export", "safetensors", "timm"))  # fmt: skip
-    data: DataConfig | None = None  # with safetensors, what the network was trained on, if its record differs
-    licence: str = key("", "With safetensors, a note on what the weights may be used for.")
+    data: DataConfig | None = None  # what the network was trained on, if its record differs
+    licence: str = key("", "What the weights may be used for: a note, or a name of the Hugging Face Hub such as mit.")
     seconds: float = key(1.0, "How long each speed is measured.", low=0)
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)

@@ -27,8 +27,8 @@ def test_onnx_takes_bytes_of_any_number_and_size(digits_run):
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert "batch 64" in result.stdout
-    assert len(result.stdout.splitlines()) == 6, result.stdout  # the speeds, what was checked, the file
-    assert [path.name for path in (start / "onnx").iterdir()] == ["model.onnx"]
+    assert len(result.stdout.splitlines()) == 7, result.stdout  # the speeds, what was checked, the files
+    assert {path.name for path in (start / "onnx").iterdir()} == {"model.onnx", "README.md"}
     session = onnxruntime.InferenceSession(start / "onnx" / "model.onnx")
     metadata = session.get_modelmeta().custom_metadata_map
     assert json.loads(metadata["class_names"]) == list("0123456789")

@@ -6,11 +6,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
 import transformers
 from conftest import command, composed, write_folder
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.models import VisionTransformer
 from torch import nn
@@ -262,6 +264,73 @@ def test_a_run_from_foreign_weights_is_evaluated_and_resumed_like_any_other(save
     acc = evaluate(composed(f"checkpoint={folder}", name="evaluate"), tmp_path)
     assert acc == pytest.approx(record["metrics"]["test/acc"])
     predict(composed(f"checkpoint={folder}", f"images={tmp_path / 'images/test/ant'}", name="predict"), tmp_path)
+
+
+def library_network(kind: str, folder: Path) -> tuple[str, nn.Module]:
+    """A network at random weights, saved as its library does it: what ``checkpoint`` is, and the network itself."""
+    if kind == "dinov2_with_registers":
+        model = shaken(transformers.Dinov2WithRegistersModel(transformers.Dinov2WithRegistersConfig(**HF)))
+        model.save_pretrained(folder)
+        return f"hf:{folder}", model
+    torch.manual_seed(1)
+    model = shaken(timm.create_model(kind, **TIMM, num_classes=3))
+    timm.models.save_for_hf(model, folder, model_config={"label_names": ["ant", "bee", "cat"]})
+    return f"timm:{folder}", model
+
+
+@pytest.mark.parametrize("kind", ["dinov2_with_registers", "deit_tiny_patch16_224", "vit_tiny_patch16_224"])
+@torch.no_grad()
+def test_a_run_that_learns_nothing_computes_what_the_library_does(kind, tmp_path):
+    """From the command that trains to what is predicted, embedded and exported."""
+    checkpoint, model = library_network(kind, tmp_path / "weights")
+    write_folder(tmp_path / "images", {"ant": (4, 2), "bee": (4, 2), "cat": (4, 2)}, side=32)
+    arguments = ["experiment=finetune", f"checkpoint={checkpoint}", "data.root=images", "data.batch_size=4"]
+    more = ["data.val_fraction=0.25", "optim.lr=0", "trainer.max_epochs=1", "dashboard=curves", "hydra.run.dir=run"]
+    result = command("train", *arguments, *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    found = [f"checkpoint={tmp_path / 'run'}", "embeddings=true"]
+    predict(composed(*found, f"images={tmp_path / 'images/test'}", "top=3", name="predict"), tmp_path)
+    content = np.load(tmp_path / "embeddings.npz")
+    pictures = torch.stack([torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1) for file in content["files"]])
+    theirs = read_foreign(checkpoint)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (theirs.mean, theirs.std))
+    x = (pictures / 255 - mean) / std
+    if kind == "dinov2_with_registers":
+        expected = model(x).last_hidden_state[:, 0]
+    else:
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        shares = model(x).softmax(dim=1)  # the classes are those of the weights, and so is the head
+        for row, own in zip(json.loads((tmp_path / "predictions.json").read_text()), shares, strict=True):
+            guesses = {guess["class"]: guess["probability"] for guess in row["predictions"]}
+            assert [guesses[name] for name in ("ant", "bee", "cat")] == pytest.approx(own.tolist(), abs=1e-4)
+    np.testing.assert_allclose(content["embeddings"], expected, atol=1e-4)
+    (tmp_path / "split").mkdir()
+    config = composed(*found, f"data.root={tmp_path / 'images'}", "data=image_folder", name="evaluate")
+    evaluate(config, tmp_path / "split")
+    np.testing.assert_allclose(np.load(tmp_path / "split" / "embeddings.npz")["embeddings"], expected, atol=1e-4)
+    (tmp_path / "timm").mkdir()
+    export(composed(found[0], "format=timm", name="export"), tmp_path / "timm")
+    back = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    pooled = back.forward_head(back.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(pooled, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("checkpoint", ["saved", "pretrained"])
+def test_a_linear_probe_trains_the_head_alone(checkpoint, request, tmp_path):
+    checkpoint = request.getfixturevalue("saved") if checkpoint == "saved" else checkpoint
+    write_folder(tmp_path / "images", {"ant": (5, 2), "bee": (5, 2)}, side=32)
+    data = [f"data.root={tmp_path / 'images'}", f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=4"]
+    run = ["experiment=linear_probe", f"checkpoint={checkpoint}", *data, "trainer.max_epochs=1", "dashboard=curves"]
+    train(composed(*run), tmp_path / "run", invocation=Invocation("", run), loggers=[])
+    trained = load_classifier(str(tmp_path / "run")).net
+    if checkpoint == "pretrained":
+        before = load_classifier(checkpoint).net.state_dict()
+    else:
+        before = read_foreign(checkpoint).state
+    for name, value in trained.state_dict().items():
+        assert name.startswith("head.") or torch.equal(value, before[name]), name
+    assert len(trained.head) == 1
+    assert trained.head[0].bias.abs().max() > 0
 
 
 def test_the_command_line_takes_the_names_of_other_libraries(tmp_path):

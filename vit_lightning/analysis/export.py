@@ -10,13 +10,14 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from vit_lightning.analysis.card import write_card
 from vit_lightning.analysis.graph import measure_speed, photographs, to_onnx, to_torch_export, trace
 from vit_lightning.config import ModelConfig
-from vit_lightning.files import RunFiles, write_atomic
+from vit_lightning.files import write_atomic
 from vit_lightning.keys import InputError, Invocation
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.foreign import TIMM, rename
-from vit_lightning.recipe.weights import load_classifier, publish
+from vit_lightning.recipe.weights import load_classifier, publish, read_record
 from vit_lightning.schemas import ExportConfig
 from vit_lightning.terminal import print_files, print_table
 
@@ -26,22 +27,41 @@ FORMATS = {"onnx": ("model.onnx", to_onnx), "torch_export": ("model.pt2", to_tor
 
 
 def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Export a checkpoint, compare the export's output and speed with PyTorch's, and write it if the output agrees.
+    """Export a checkpoint, compare it with PyTorch's, and write it if it agrees, with a model card.
 
-    The graph maps ``images`` (B, C, h, w), uint8, of any number and size, to ``logits`` (B, classes); it crops, resizes
+    A graph maps ``images`` (B, C, h, w), uint8, of any number and size, to ``logits`` (B, classes); it crops, resizes
     and normalises them as the classifier does. Its metadata has ``class_names`` and ``config`` as JSON.
 
     Returns:
-        The greatest absolute difference between its logits and PyTorch's.
+        The greatest absolute difference between its logits and PyTorch's; of probabilities for safetensors.
 
     Raises:
         InputError: if there is no such checkpoint, a library is missing, or the export differs from PyTorch.
     """
     classifier = load_classifier(config.checkpoint)
+    record, licence = read_record(config.checkpoint)
+    if config.data is not None:
+        classifier.hparams["data"] = asdict(config.data)
+    licence = config.licence or licence
     if config.format == "safetensors":
-        return export_weights(config, classifier, run_dir)
-    if config.format == "timm":
-        return export_timm(classifier, run_dir)
+        difference, path = export_weights(classifier, record, licence, run_dir)
+    elif config.format == "timm":
+        difference, path = export_timm(classifier, run_dir)
+    else:
+        difference, path = export_graph(config, classifier, run_dir)
+    write_card(classifier, record, licence, path)
+    return difference
+
+
+def export_graph(config: ExportConfig, classifier: ViTClassifier, run_dir: Path) -> tuple[float, Path]:
+    """Write the graph of ``config.format``, if its logits agree, and measure its speed.
+
+    Returns:
+        The greatest absolute difference between its logits and PyTorch's, and its file.
+
+    Raises:
+        InputError: if they differ.
+    """
     metadata = {
         "class_names": json.dumps(classifier.hparams["class_names"]),
         "config": json.dumps(classifier.hparams["model"]),
@@ -65,28 +85,26 @@ def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = 
     print_table("speed on the CPU", ("", *columns), rows)
     print(f"logits within {difference:.1e} of PyTorch's and top-1 the same on {len(images)} photographs")
     print_files([run_dir / name])
-    return difference
+    return difference, run_dir / name
 
 
-def export_weights(config: ExportConfig, classifier: ViTClassifier, run_dir: Path) -> float:
-    """Write the weights at half precision, with the run's record if ``config.checkpoint`` is a run's directory.
+def export_weights(
+    classifier: ViTClassifier, record: dict[str, Any], licence: str, run_dir: Path
+) -> tuple[float, Path]:
+    """Write the weights at half precision, with the run's record.
 
     Returns:
-        The greatest absolute difference of a probability due to half precision, over some photographs.
+        The greatest absolute difference of a probability due to half precision, over some photographs, and the file.
     """
-    if config.data is not None:
-        classifier.hparams["data"] = asdict(config.data)
-    summary = RunFiles(Path(config.checkpoint).expanduser()).summary
-    record = json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {}
     path = run_dir / "model.safetensors"
-    publish(classifier, record, config.licence, path)
+    publish(classifier, record, licence, path)
     images = photographs(classifier.net.channels)
     expected, half = classifier.classify(images), load_classifier(str(path)).classify(images)
     difference = (half - expected).abs().max().item()
     same = (half.argmax(dim=1) == expected.argmax(dim=1)).float().mean().item()
     print(f"probabilities within {difference:.1e} of the checkpoint's and top-1 the same on {same:.1%} of photographs")
     print_files([path])
-    return difference
+    return difference, path
 
 
 def to_timm(classifier: ViTClassifier) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -128,11 +146,11 @@ def to_timm(classifier: ViTClassifier) -> tuple[dict[str, Any], dict[str, Tensor
     return arguments, {name: value.contiguous() for name, value in state.items()}
 
 
-def export_timm(classifier: ViTClassifier, run_dir: Path) -> float:
+def export_timm(classifier: ViTClassifier, run_dir: Path) -> tuple[float, Path]:
     """Write a directory that ``timm.create_model("local-dir:…", pretrained=True)`` opens, if its logits agree.
 
     Returns:
-        The greatest absolute difference between timm's logits and ours, over some photographs.
+        The greatest absolute difference between timm's logits and ours, over some photographs, and ``config.json``.
 
     Raises:
         InputError: if timm is not installed, has no equivalent network, or its logits differ.
@@ -166,4 +184,4 @@ def export_timm(classifier: ViTClassifier, run_dir: Path) -> float:
         raise InputError(f"format=timm: logits differ from PyTorch's by {difference:.1e}; not written")
     print(f"timm's logits within {difference:.1e} of PyTorch's on {len(images)} photographs")
     print_files(paths)
-    return difference
+    return difference, paths[1]

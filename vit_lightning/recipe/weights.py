@@ -20,7 +20,7 @@ from vit_lightning.keys import InputError, Invocation
 from vit_lightning.model.layers import resize_positions
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.foreign import read_foreign
-from vit_lightning.terminal import is_first
+from vit_lightning.terminal import is_first, relative
 
 PRETRAINED = Path(__file__).parent.parent / "pretrained.safetensors"
 
@@ -128,6 +128,33 @@ def load_foreign(checkpoint: str) -> ViTClassifier:
     classifier = ViTClassifier(asdict(weights.model), optim, weights.class_names, weights.mean, weights.std)
     classifier.net.load_state_dict(weights.state)
     return classifier.eval()
+
+
+def read_record(checkpoint: str) -> tuple[dict[str, Any], str]:
+    """Read what is known of the training of a classifier that :func:`load_classifier` opens.
+
+    Returns:
+        The ``summary.json`` of its run, ``{}`` if there is none, as for a checkpoint other than the best; and the note
+        on what its weights may be used for, which a file of :func:`publish` has.
+
+    Raises:
+        InputError: if the record is damaged.
+    """
+    path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
+    if checkpoint.startswith(FOREIGN):
+        return {}, ""
+    if path.suffix == ".safetensors" and path.is_file():
+        with safe_open(path, framework="pt") as file:
+            about = file.metadata()
+        return json.loads(about.get("record", "{}")), about.get("licence", "")
+    files = RunFiles(path if path.is_dir() else path.absolute().parent.parent)
+    if not files.summary.exists() or not (path.is_dir() or files.best.absolute() == path.absolute()):
+        return {}, ""
+    try:
+        record = json.loads(files.summary.read_text(encoding="utf-8"))
+        return {**record, "metrics": {name: float(value) for name, value in record["metrics"].items()}}, ""
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{relative(files.summary)} is damaged; delete it to export without a record") from error
 
 
 def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, path: Path) -> None:
