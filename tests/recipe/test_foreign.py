@@ -284,7 +284,8 @@ def test_a_run_that_learns_nothing_computes_what_the_library_does(kind, tmp_path
     """From the command that trains to what is predicted, embedded and exported."""
     checkpoint, model = library_network(kind, tmp_path / "weights")
     write_folder(tmp_path / "images", {"ant": (4, 2), "bee": (4, 2), "cat": (4, 2)}, side=32)
-    arguments = ["experiment=finetune", f"checkpoint={checkpoint}", "data.root=images", "data.batch_size=4"]
+    data = [f"data.root={tmp_path / 'images'}", f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=4"]
+    arguments = ["experiment=finetune", f"checkpoint={checkpoint}", *data]
     more = ["data.val_fraction=0.25", "optim.lr=0", "trainer.max_epochs=1", "dashboard=curves", "hydra.run.dir=run"]
     result = command("train", *arguments, *more, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -305,8 +306,7 @@ def test_a_run_that_learns_nothing_computes_what_the_library_does(kind, tmp_path
             assert [guesses[name] for name in ("ant", "bee", "cat")] == pytest.approx(own.tolist(), abs=1e-4)
     np.testing.assert_allclose(content["embeddings"], expected, atol=1e-4)
     (tmp_path / "split").mkdir()
-    config = composed(*found, f"data.root={tmp_path / 'images'}", "data=image_folder", name="evaluate")
-    evaluate(config, tmp_path / "split")
+    evaluate(composed(*found, name="evaluate"), tmp_path / "split")
     np.testing.assert_allclose(np.load(tmp_path / "split" / "embeddings.npz")["embeddings"], expected, atol=1e-4)
     (tmp_path / "timm").mkdir()
     export(composed(found[0], "format=timm", name="export"), tmp_path / "timm")
@@ -320,7 +320,8 @@ def test_a_linear_probe_trains_the_head_alone(checkpoint, request, tmp_path):
     checkpoint = request.getfixturevalue("saved") if checkpoint == "saved" else checkpoint
     write_folder(tmp_path / "images", {"ant": (5, 2), "bee": (5, 2)}, side=32)
     data = [f"data.root={tmp_path / 'images'}", f"data.cache_dir={tmp_path / 'cache'}", "data.batch_size=4"]
-    run = ["experiment=linear_probe", f"checkpoint={checkpoint}", *data, "trainer.max_epochs=1", "dashboard=curves"]
+    more = ["data.val_fraction=0.4", "trainer.max_epochs=1", "dashboard=curves"]
+    run = ["experiment=linear_probe", f"checkpoint={checkpoint}", *data, *more]
     train(composed(*run), tmp_path / "run", invocation=Invocation("", run), loggers=[])
     trained = load_classifier(str(tmp_path / "run")).net
     if checkpoint == "pretrained":

@@ -29,10 +29,11 @@ METRICS = {  # by the name in a record: the type and the name of the metric on t
 }
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
 NO_RECORD = "There is no record of the run that trained this network."
+INTENDED = "Assigning images like those of the training data to one of the classes below."
 LIMITS = """\
 - Every image is assigned to one of the classes below, also one that shows none of them.
 - The central square of an image is used; what is outside of it is not seen.
-- The results are of the images named above; how it does on others was not measured.
+- The results are those of the images named above; other images were not measured.
 """
 LOADING = {
     "model.safetensors": """\
@@ -87,7 +88,8 @@ def write_card(classifier: ViTClassifier, record: dict[str, Any], licence: str, 
     header = yaml.safe_dump(header_of(record, licence, model, title, hub), sort_keys=False, allow_unicode=True)
     sections = {
         "": describe(classifier, title),
-        "Use": use(classifier, model),
+        "Intended use": INTENDED,
+        "Loading": loading(classifier, model),
         "Training data": describe_data(classifier, record, title, hub),
         "Training": describe_training(record),
         "Results": describe_results(record),
@@ -148,7 +150,7 @@ def describe(classifier: ViTClassifier, title: str) -> str:
     )
 
 
-def use(classifier: ViTClassifier, model: Path) -> str:
+def loading(classifier: ViTClassifier, model: Path) -> str:
     """How to load the network, as Python that runs where the files are."""
     net = classifier.net
     code = LOADING[model.name].format(channels=net.channels, size=net.image_size, classes=net.head[-1].out_features)
