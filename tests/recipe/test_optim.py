@@ -122,6 +122,7 @@ def test_a_frozen_backbone_leaves_the_head(config):
     net = ViT(config)
     frozen = freeze(net, ["backbone"])
     assert all(parameter.requires_grad == name.startswith("head.") for name, parameter in net.named_parameters())
+    assert not any(module.training for part in frozen for module in part.modules())
     assert {id(part) for part in frozen} == {id(part) for name, part in net.named_children() if name != "head"}
     with pytest.raises(InputError, match="leaves nothing to train"):
         freeze(net, ["backbone", "head"])

@@ -122,7 +122,7 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
             everything but the head.
 
     Returns:
-        The modules among them.
+        The modules among them, in evaluation mode, so that their batch norms do not change.
 
     Raises:
         InputError: if a name is unknown, or nothing is left to train.
@@ -140,7 +140,10 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
                 parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in parameters.values()):
         raise InputError(f"optim.freeze={','.join(names)} leaves nothing to train; remove some")
-    return [modules[name] for name in names if name in modules]
+    frozen = [modules[name] for name in names if name in modules]
+    for module in frozen:
+        module.eval()  # Lightning does not call train() before the first epoch
+    return frozen
 
 
 def match_shapes(optimizer: Optimizer) -> None:
