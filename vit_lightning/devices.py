@@ -132,6 +132,7 @@ def quiet_lightning() -> None:
         ".*smaller than the logging interval",  # curves continue across epochs
         ".*model that overrides the configure_model callback",  # concerns averaging with fsdp, which is refused
         ".*It is recommended to use `self.log.'speed/",  # speed and memory are those of the first process
+        ".*in eval mode at the start of training",  # frozen parts are
         ".*Encountered `nan` values in tensor",  # StopAtNaN reports them
         ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
     ):
