@@ -36,6 +36,7 @@ from vit_lightning.schemas import CONF, SCHEMAS
 from vit_lightning.terminal import escape_unencodable, relative
 
 NAME_BYTES = 200  # length of a job's directory name; most file systems take 255
+FAILED: dict[Path, str] = {}  # the messages of a sweep's jobs in this process, by directory
 
 
 def run_command(name: str, task: str, text: str | None) -> None:
@@ -57,10 +58,11 @@ def run_command(name: str, task: str, text: str | None) -> None:
         return
     check_options(typed, schema)
     register_schemas()
-    started, failed = False, 0
+    started = False
+    FAILED.clear()
 
     def job(cfg: DictConfig) -> float:
-        nonlocal started, failed
+        nonlocal started
         started = True
         sys.argv[1:] = typed
         settings = HydraConfig.get()
@@ -70,7 +72,6 @@ def run_command(name: str, task: str, text: str | None) -> None:
         except Exception as error:
             line = one_line(error, schema, run_dir) if is_mistake(error) else None
             if settings.mode is RunMode.MULTIRUN:
-                failed += 1
                 report_failure(settings, run_dir, line or traceback.format_exc().strip())
                 return math.nan
             if line and "traceback=true" not in typed:
@@ -91,8 +92,6 @@ def run_command(name: str, task: str, text: str | None) -> None:
         sys.exit(one_line(error, schema))
     finally:
         sys.argv[1:] = typed
-    if failed:  # their error.txt could not be written, or SweepEnd would have exited
-        sys.exit(f"error: {failed} of the sweep's jobs failed")
 
 
 def print_help(name: str, text: str, typed: list[str]) -> None:
@@ -105,6 +104,7 @@ def print_help(name: str, text: str, typed: list[str]) -> None:
 def report_failure(settings: Any, run_dir: Path, message: str) -> None:
     """Print why a job of a sweep failed, and write it into the job's directory."""
     print(f"job {settings.job.num} ({settings.job.override_dirname}): {message}", file=sys.stderr)
+    FAILED[run_dir.resolve()] = message
     with contextlib.suppress(OSError):  # the directory may not be writable
         text = f"{' '.join(settings.overrides.task)}\n{message}\n"
         write_atomic(run_dir / ERROR, text.encode("utf-8", "backslashreplace"))
@@ -173,11 +173,11 @@ class SweepEnd(Callback):
                 guard.load("vit_lightning.sweeps.table:show")(directory)
             except InputError as error:  # the jobs have their results; only their table is missing
                 print(f"error: {error}", file=sys.stderr)
-        failed = []
-        for path in sorted(directory.rglob(ERROR)):
-            failed.append(f"  {relative(path.parent)}: {path.read_text(encoding='utf-8').splitlines()[-1]}")
+        # What a launcher ran in other processes is known from its files; where none could be written, from this one.
+        failed = {path.parent: path.read_text(encoding="utf-8") for path in directory.resolve().rglob(ERROR)} | FAILED
         if failed:
-            sys.exit("\n".join([f"error: {len(failed)} of the sweep's jobs failed:", *failed]))
+            lines = [f"  {relative(path)}: {text.splitlines()[-1]}" for path, text in sorted(failed.items())]
+            sys.exit("\n".join([f"error: {len(failed)} of the sweep's jobs failed:", *lines]))
 
 
 def job_dir(varied: str) -> str:
