@@ -224,6 +224,7 @@ def draw_benchmark(report: Mapping[str, Any]) -> Figure:
         axes.set(title=group, xlabel="images/s")
     for axes, (axis, points) in zip(below.subplots(1, len(axes_of_growth)), axes_of_growth.items(), strict=True):
         axes.plot([point[axis] for point in points], [1000 * point["median"] for point in points], "o-", color=VAL)
+        axes.margins(0.1)  # room for the whole of the last marker
         axes.set(xlabel=axis, ylabel="ms per training step", xlim=(0, None), ylim=(0, None))
         axes.get_xaxis().get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
