@@ -73,7 +73,8 @@ def test_only_this_machine_sees_the_dashboard(tmp_path):
     from tensorboard.program import TensorBoard
 
     board = TensorBoard()
-    board.configure(argv=[None, "--logdir", str(tmp_path), "--port", "0", "--load_fast", "false"])
+    options = ["--logdir", str(tmp_path), "--port", "0", "--load_fast", "false", "--reload_interval", "0"]
+    board.configure(argv=[None, *options])
     server = board._make_server()
     try:
         assert server.server_address[0] in ("127.0.0.1", "::1")
