@@ -67,13 +67,19 @@ def test_every_kind_of_picture_is_read(pictures, tmp_path, digits_run):
 def test_an_unreadable_file_is_named_and_the_others_are_still_predicted(pictures, digits_run, tmp_path):
     folder, _ = pictures
     (folder / "broken.png").write_bytes(b"no picture")
-    images = f"images=[{folder / 'gray.png'},{folder / 'broken.png'},{folder / 'none*.png'}]"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("of the photographer")
+    (other / "phone.heic").write_bytes(b"")
+    images = f"images=[{folder / 'gray.png'},{folder / 'broken.png'},{folder / 'none*.png'},{other}]"
     result = command("predict", "checkpoint=run", images, "hydra.run.dir=two", cwd=digits_run.parent)
     assert result.returncode == 1
     errors = result.stderr.splitlines()
     assert any("broken.png cannot be read (not an image)" in line for line in errors)
     assert any("none*.png matches no picture" in line for line in errors)
-    assert errors[-1] == "error: 2 of 3 files could not be read (see above)"
+    assert f"warning: images={other}: 2 files are not used (1 .txt, 1 .heic), as notes.txt" in errors
+    assert any(line.endswith(f"images={other} matches no picture") for line in errors)
+    assert errors[-1] == "error: 3 of 4 files could not be read (see above)"
     [row] = json.loads((digits_run.parent / "two" / "predictions.json").read_text())
     assert row["file"].endswith("gray.png")
 

@@ -5,6 +5,7 @@ import http.server
 import io
 import os
 import pickle
+import resource
 import struct
 import tarfile
 import threading
@@ -27,7 +28,7 @@ from torchvision import datasets
 from vit_lightning.config import DataConfig
 from vit_lightning.data import cache as cache_module
 from vit_lightning.data import images
-from vit_lightning.data.cache import channel_statistics
+from vit_lightning.data.cache import ImageSet, Source, channel_statistics, open_source
 from vit_lightning.data.images import decode_image
 from vit_lightning.data.sources import _unpickle, load_arrays
 from vit_lightning.keys import InputError
@@ -103,6 +104,17 @@ def test_a_cache_of_other_content_is_rebuilt(folder, folder_config):
     os.utime(changed, ns=(1, 1))
     assert load_arrays(folder_config, 8).images["test"][0, :, 0, 0].tolist() == [1, 2, 3]
     assert len(caches(folder_config)) == 1
+
+
+def test_a_disk_that_is_full_only_for_the_labels_is_named_as_such(tmp_path):
+    content = ImageSet(["a", "b"], {"train": np.arange(999) % 2}, {"train": np.zeros((999, 1, 1, 1), np.uint8)})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, before[1]))  # room for 999 bytes, not for as many labels
+    try:
+        with pytest.raises(InputError, match=r"cannot be written \(File too large\); free disk space"):
+            open_source(Source(lambda: "", lambda: content), DataConfig(cache_dir=str(tmp_path)), 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.parametrize("damage", ["cut short", "empty", "no meta", "binary", "", "{}", "[]", '{"fingerprint":'])

@@ -14,6 +14,7 @@ from vit_lightning.analysis.attention import attention_maps, attention_rollout, 
 from vit_lightning.analysis.embeddings import SIDE as THUMBNAIL
 from vit_lightning.analysis.embeddings import classify_and_embed, write_embeddings
 from vit_lightning.analysis.figures import draw_attention, name_run, shorten
+from vit_lightning.data.folder import report_others
 from vit_lightning.data.images import decode_image, is_picture, visible_files
 from vit_lightning.devices import evaluation_device
 from vit_lightning.files import save_figure, write_atomic, write_csv
@@ -97,7 +98,9 @@ def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            found = [file for file in visible_files(path) if is_picture(file)]
+            files = visible_files(path)
+            found = [file for file in files if is_picture(file)]
+            report_others(f"images={pattern}", path, (file for file in files if not is_picture(file)))
         elif path.exists():
             found = [path]
         else:
@@ -141,4 +144,4 @@ def show(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         guesses = (f"{guess['class']} {guess['probability']:.1%}" for guess in row["predictions"])
         cells.append((row["file"], ", ".join(guesses)))
-    print_table(f"{len(rows)} images", ("file", "most likely classes"), cells, left=2)
+    print_table(f"{len(rows)} image{'s' * (len(rows) != 1)}", ("file", "most likely classes"), cells, left=2)

@@ -1,6 +1,7 @@
 """Data sets in memory-mapped arrays: each source is decoded once into uint8 arrays that stay on disk."""
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -271,7 +272,9 @@ def _write_part(folder: Path, part: str, content: ImageSet, problems: list[Input
         np.lib.format.write_array_header_1_0(file, _header(sum(kept), shape))
         assert file.tell() == start
     check_labels(part, labels, len(kept), content.class_names)
-    np.save(folder / f"{part}_labels.npy", labels[kept])
+    buffer = io.BytesIO()  # NumPy would report a full disk in words of its own
+    np.save(buffer, labels[kept])
+    (folder / f"{part}_labels.npy").write_bytes(buffer.getvalue())
     return kept, hashlib.sha256(_start_of_digest(content.class_names, labels[kept]) + pixels.digest()).hexdigest()
 
 

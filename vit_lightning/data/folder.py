@@ -59,7 +59,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
     labelled = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
     def decode() -> ImageSet:
-        report_others(config.root, base, others)
+        report_others(f"data.root={config.root}", base, others)
         side = config.stored_size
         if side is None:
             sizes = set(with_bar(map(image_size, every), "Reading image sizes", len(every))) - {None}
@@ -83,7 +83,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
 
 def as_text(name: str) -> str:
     r"""A file's name that can be printed and written: bytes that are not UTF-8 become as in ``caf\xe9``."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def read_tree(root: Path) -> tuple[Listing, list[Path]]:
@@ -199,10 +199,10 @@ def check_classes(root: Path, listing: Listing) -> None:
 
 
 def report_others(name: str, base: Path, others: Iterable[Path]) -> None:
-    """Print a line on stderr about files that are not used."""
+    """Print a line on stderr about files below ``base`` that are not used; ``name`` is the setting that found them."""
     files = list(others)
     if files and is_first():
         counts = Counter(file.suffix.lower() or "no suffix" for file in files).most_common(5)
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
         example = as_text(os.path.relpath(files[0], base))
-        print(f"warning: data.root={name}: {len(files):,} files are not used ({kinds}), as {example}", file=sys.stderr)
+        print(f"warning: {name}: {len(files):,} files are not used ({kinds}), as {example}", file=sys.stderr)
