@@ -1,5 +1,6 @@
 """What the commands answer to habits of other projects, and to faults of the machine: one line each."""
 
+import errno
 import importlib
 import os
 import re
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from vit_lightning import cli, evaluate
 from vit_lightning.cli import job_dir
+from vit_lightning.guard import fault_of
 
 KEY = "{} is not a key; did you mean {}?"
 KEYS = {  # what is typed, and the key that it means
@@ -132,6 +135,27 @@ def test_a_terminal_without_unicode_shows_escaped_names(tmp_path):
     assert "b\\udcc3\\udca4r" in result.stderr
     result = subprocess.run([*program, "--help"], capture_output=True, env=ascii_only, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, b"")
+
+
+def test_a_name_that_a_library_cannot_write_is_one_line():
+    with pytest.raises(UnicodeEncodeError) as error:
+        os.fsdecode(b"outputs/caf\xe9").encode()
+    assert fault_of(error.value).startswith("a name with \udce9 cannot be written as UTF-8; rename it or set LC_ALL=")
+
+
+def test_jobs_that_cannot_even_write_why_they_failed_fail_the_sweep(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cli, "write_atomic", full)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", "-m", "checkpoint=none,gone", "hydra.sweep.dir=sweep"])
+    with pytest.raises(SystemExit) as end:
+        evaluate.main()
+    header, *failed = str(end.value).splitlines()
+    assert header == "error: 2 of the sweep's jobs failed:"
+    for line, name in zip(failed, ("none", "gone"), strict=True):
+        assert re.match(rf"  sweep/\S+: error: checkpoint={name} does not exist", line)
 
 
 @pytest.mark.parametrize("arguments", ["train --help", "evaluate", "sweep summary dir=x"])

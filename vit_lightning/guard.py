@@ -146,6 +146,9 @@ def fault_of(error: BaseException) -> str | None:
         if error.errno in FULL:
             return f"{error.filename} cannot be written ({reason}); free disk space or name another directory"
         return f"{error.filename} cannot be opened ({reason}); fix its permissions or name another file"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # a library's file names
+        name = error.object[error.start : error.end]
+        return f"a name with {name} cannot be written as UTF-8; rename it or set LC_ALL=C.UTF-8"
     if any(word in str(error) for word in DISK_WORDS):
         return f"a file cannot be written ({reason}); free disk space or fix the permissions"
     if any(word in str(error) for word in PROCESS_WORDS):

@@ -22,7 +22,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from vit_lightning.data.module import ImageData
 from vit_lightning.recipe.weights import load_classifier
-from vit_lightning.runs.dashboard import Dashboard, hyper_parameters
+from vit_lightning.runs.dashboard import Dashboard, hyper_parameters, run_name
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chrome")
 PICTURES = {"batch", "patches", "positions", "attention", "mistakes", "confusion", "per_class", "reliability"}
@@ -162,6 +162,12 @@ def server(digits_run, tmp_path_factory):
     finally:
         process.terminate()
         process.communicate()
+
+
+def test_names_that_are_not_valid_unicode_are_shown_escaped():
+    latin = os.fsdecode(b"caf\xe9")
+    assert run_name([f"data.name={latin}"], Path(latin)) == r"data.name=caf\xe9 (caf\xe9)"
+    assert hyper_parameters(composed(f"data.name='{latin}'"))["data.name"] == r"caf\xe9"
 
 
 @pytest.mark.slow

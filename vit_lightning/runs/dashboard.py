@@ -22,6 +22,7 @@ from vit_lightning.analysis.attention import attention_maps, attention_rollout, 
 from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, name_run, shorten
 from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
 from vit_lightning.config import Config
+from vit_lightning.data.folder import as_text
 from vit_lightning.data.images import decode_image
 from vit_lightning.data.module import ImageData
 from vit_lightning.keys import InputError, flatten
@@ -83,9 +84,8 @@ class Dashboard(Callback):
         writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(self.config), trial_id=self.name))
         if self.config.dashboard.text:
             for title, text in self.text.items():
-                writer.add_text(
-                    title, "\n".join(f"    {line}" for line in text.splitlines())
-                )  # indented, it is shown as it is
+                lines = as_text(text).splitlines()
+                writer.add_text(title, "\n".join(f"    {line}" for line in lines))  # indented: shown as it is
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -215,7 +215,7 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
     """
     groups = ("model", "data", "augment", "optim", "trainer")
     flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
-    plain = {key: str(value) if isinstance(value, list | dict) else value for key, value in flat.items()}
+    plain = {key: as_text(str(value)) if isinstance(value, list | dict | str) else value for key, value in flat.items()}
     without = {*MAY_CHANGE, "trainer.log_every_n_steps"}
     return {key: value for key, value in plain.items() if value not in (None, "{}") and key not in without}
 
@@ -227,7 +227,7 @@ def run_name(overrides: Sequence[str], folder: Path) -> str:
     """
     typed = [item for item in overrides if item.partition("=")[0] not in {*MAY_CHANGE, "resume"}]
     typed.sort(key=lambda item: item.startswith("experiment="))
-    return " ".join([*typed, f"({relative(folder)})" if typed else relative(folder)])
+    return as_text(" ".join([*typed, f"({relative(folder)})" if typed else relative(folder)]))
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
