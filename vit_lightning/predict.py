@@ -6,8 +6,8 @@
   python -m vit_lightning.predict images=photos embeddings=true
 
 The central square of a picture is used. predictions.json, predictions.csv and,
-if asked for, attention.png and embeddings.npz, with what TensorBoard's projector
-shows, are in outputs/predict/<date>/<time>/.
+if asked for, attention.png and embeddings.npz, with the files of TensorBoard's
+projector, are in outputs/predict/<date>/<time>/.
 """
 
 from vit_lightning.guard import run
