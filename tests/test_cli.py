@@ -79,7 +79,7 @@ LINES = [
         "evaluate",
         "data.root=photos",
         "data.root=photos needs data= as well; choose one of cifar10, cifar100, digits, huggingface, image_folder, "
-        "npz, torchvision",
+        "npz, stream, torchvision",
     ),
     ("sweep", "dir=x", "write python -m vit_lightning.sweep summary dir=x"),
     (
@@ -97,6 +97,13 @@ def test_a_habit_of_another_project_gets_one_exact_line(monkeypatch, tmp_path, n
     with pytest.raises(SystemExit) as end:
         importlib.import_module(f"vit_lightning.{name}").main()
     assert end.value.code == f"error: {line}"
+
+
+def test_options_may_follow_a_group_that_is_left_out(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train", "callbacks=early_stopping", "~callbacks", "--cfg", "job"])
+    importlib.import_module("vit_lightning.train").main()
+    assert "callbacks: {}" in capsys.readouterr().out
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}

@@ -59,6 +59,8 @@ CONFIGURATION = [
     ("train", "data.eval_batch_size=9223372036854775808", "must be at most 9223372036854775807"),
     ("train", "model.image_size=1000000007", "try model.patch_size=1 or 1000000007"),
     ("train", "optim.betas=[0.9,1.5]", "optim.betas=[0.9, 1.5] must be at least 0 and less than 1"),
+    ("train", "data=[1]", "data=[1]: a group takes names; choose from cifar10, cifar100, digits"),
+    ("search", "space=[1]", "space=[1]: a group takes names; choose from recipe, shape"),
     ("train", "optim.clock=time", "optim.clock=time needs trainer.max_time, as in trainer.max_time=00:00"),
     ("train", "optim.small_size=50", "optim.small_size=50 must be a multiple of model.patch_size=6 and at most"),
     ("train", "trainer.max_time=1h", "trainer.max_time=1h must be days:hours:minutes:seconds"),

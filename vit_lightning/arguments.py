@@ -103,6 +103,9 @@ def check_setting(setting: Override, schema: type, chosen: set[str]) -> None:
         raise InputError(f"{line}: _target_ can only be set in callbacks and logger; remove it")
     if setting.is_delete() and name in keys_of(schema) and not (CONF / name).is_dir():  # a group can be left out
         raise InputError(f"{line}: a key cannot be removed; set it, as in {name}=value")
+    value = [] if setting.is_delete() or setting.is_sweep_override() else setting.value()
+    if (CONF / name).is_dir() and isinstance(value, list) and not all(isinstance(item, str) for item in value):
+        raise InputError(f"{line}: a group takes names; choose from {', '.join(options_of(name))}")
     absent = {each.name for each in fields(schema) if each.name in parts and each.default is None} - chosen
     if dot and group in absent:
         raise InputError(f"{line} needs {group}= as well; choose one of {', '.join(options_of(group))}")

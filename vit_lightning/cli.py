@@ -83,7 +83,9 @@ def run_command(name: str, task: str, text: str | None) -> None:
     try:
         flags = [item for item in typed if item in ("-m", "--multirun")]  # argparse refuses flags between two settings
         rest = [item for item in typed if item not in flags]
-        first = next((i for i, item in enumerate(rest) if "=" in item and not item.startswith("-")), len(rest))
+        first = next(
+            (i for i, item in enumerate(rest) if item[:1] == "~" or ("=" in item and item[:1] != "-")), len(rest)
+        )
         sys.argv[1:] = [*flags, *rest[:first], *check_overrides(typed, schema), *rest[first:]]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=name)(job)()
     except Exception as error:

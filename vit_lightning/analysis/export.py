@@ -81,8 +81,8 @@ def export_graph(config: ExportConfig, classifier: ViTClassifier, run_dir: Path)
         seconds = [measure_speed(run, images[:batch], config.seconds) for batch in BATCHES]
         cells = [(f"{1000 * each:,.2f}", f"{batch / each:,.0f}") for batch, each in zip(BATCHES, seconds, strict=True)]
         rows.append((label, *chain(*cells)))
-    columns = (f"batch {batch}, {unit}" for batch in BATCHES for unit in ("ms", "images/s"))
-    print_table("speed on the CPU", ("", *columns), rows)
+    columns = (f"{unit} at {batch}" for batch in BATCHES for unit in ("ms", "images/s"))
+    print_table("speed on the CPU, by batch size", ("", *columns), rows)
     print(f"logits within {difference:.1e} of PyTorch's and top-1 the same on {len(images)} photographs")
     print_files([run_dir / name])
     return difference, run_dir / name
