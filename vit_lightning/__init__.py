@@ -1,5 +1,3 @@
 """A small Vision Transformer as a PyTorch Lightning experiment project."""
 
-from importlib.metadata import version
-
-__version__ = version("vit-lightning")
+__version__ = "0.1.0"
