@@ -268,7 +268,7 @@ def takes_a_step(values: dict[str, dict]) -> bool:
     try:
         config = Config(**{name: part(**values[name]) for name, part in PARTS.items()}, **values[""])
     except InputError as error:
-        key = r"(model|data|augment|optim|trainer)\.\w+|(seed|target_acc5?|save_minutes|checkpoint)="
+        key = r"(model|data|augment|optim|trainer)\.\w+|(seed|target_acc5?|save_minutes|checkpoint|monitor)="
         if not re.fullmatch(rf".*\b({key}).*", str(error)):
             raise AssertionError(f"{error} names no key, or in several lines") from error
         return False

@@ -144,10 +144,10 @@ def test_evaluation(tta):
 def test_metrics():
     """Of those that only sum; a count by class depends on values, which fake tensors lack."""
     images, labels = batch()
-    logits = torch.zeros(len(images), 7, device=GPU)
+    logits = torch.zeros(len(images), 12, device=GPU)
     values = dict(preds=logits, target=labels, value=F.cross_entropy(logits, labels), weight=len(labels))
     with unset_fake_temporarily():
-        metrics = build_metrics(7, [])
+        metrics = build_metrics(12, [])
     for name in ("acc", "acc5"):
         metric = metrics[name]
         metric._device = GPU

@@ -214,7 +214,7 @@ def test_callbacks_and_loggers_come_from_the_command_line_and_not_from_a_run(sta
     ]  # fmt: skip
     theirs = [row["val/loss"] for row in rows_of(tmp_path, "curves/version_0/metrics.csv") if row["val/loss"]]
     assert [float(x) for x in theirs] == pytest.approx([float(row["val/loss"]) for row in rows_of(tmp_path)])
-    assert "val/acc" in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
+    assert "accuracy/top1_val" in EventAccumulator(str(tmp_path)).Reload().Tags()["scalars"]
     (tmp_path / "summary.json").unlink()
     result = command("train", f"resume={tmp_path}", cwd=start)
     assert result.returncode == 1
