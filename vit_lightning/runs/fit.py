@@ -211,12 +211,7 @@ def fit_and_test(
         raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
     # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
     tested = load_classifier(str(files.best))
-    tested.log_curves = False  # log_best logs the test metrics
-    test = {}
-    if config.test and len(data.indices["test"]):
-        trainer.test(tested, datamodule=data, verbose=False)
-        measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        test = {name: value for name, value in measured.items() if name.startswith("test/") and name != "test/images"}
+    test = measure_test(tested, data, trainer) if config.test and len(data.indices["test"]) else {}
     if is_first():
         summary = summarise(config, recorder, trainer, classifier, test)
         dashboard.log_best(trainer, summary)
@@ -225,6 +220,14 @@ def fit_and_test(
         dashboard.show_best(best.to(trainer.strategy.root_device), trainer, summary)
         show_results(summary, run)
     return recorder.best.get(config.monitor, math.nan)
+
+
+def measure_test(classifier: ViTClassifier, data: ImageData, trainer: L.Trainer) -> dict[str, float]:
+    """Measure ``test/loss``, ``test/acc`` and the other metrics on the test images."""
+    classifier.log_curves = False  # log_best logs them
+    trainer.test(classifier, datamodule=data, verbose=False)
+    measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    return {name: value for name, value in measured.items() if name.startswith("test/") and name != "test/images"}
 
 
 def build_loggers(config: Config, run: Run, invocation: Invocation) -> list[Logger]:

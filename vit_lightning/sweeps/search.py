@@ -61,12 +61,13 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
         trial.set_user_attr("directory", directory)  # a trial that replaces a dead one inherits it, and continues there
         values = typed({key: suggest(trial, key, domain) for key, domain in config.space.items()})
         print(f"trial {trial.number}: {' '.join(values)}", flush=True)
-        for earlier in study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED)):
-            if earlier.params == trial.params:
-                print(f"trial {trial.number}: already tried as trial {earlier.number}", flush=True)
-                if earlier.state is PRUNED or earlier.value is None:
-                    raise optuna.TrialPruned
-                return earlier.value
+        done = study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))
+        earlier = next((each for each in done if each.params == trial.params), None)
+        if earlier is not None:
+            print(f"trial {trial.number}: already tried as trial {earlier.number}", flush=True)
+            if earlier.state is PRUNED or earlier.value is None:
+                raise optuna.TrialPruned
+            return earlier.value
 
         def report(epoch: int, value: float) -> None:
             trial.report(value, epoch)
@@ -87,17 +88,29 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
 
-    if len(study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))) < config.search.trials:
-        enough = optuna.study.MaxTrialsCallback(config.search.trials, states=(COMPLETE, PRUNED))
-        try:
-            study.optimize(objective, timeout=config.search.timeout, callbacks=[enough])
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            [reason, *_] = str(error.__cause__ or error).splitlines()
-            raise MachineError(f"the study in {run_dir} cannot be written ({reason}); free disk space") from error
+    try_values(study, objective, config, run_dir)
     if not study.get_trials(deepcopy=False, states=(COMPLETE,)):
         raise InputError("search: no trial finished; increase search.timeout or change the space")
     show(study, config.monitor, base, run_dir)
     return study.best_value
+
+
+def try_values(
+    study: optuna.Study, objective: Callable[[optuna.Trial], float], config: SearchRun, run_dir: Path
+) -> None:
+    """Run trials until there are enough, or time is used up.
+
+    Raises:
+        MachineError: if the study cannot be written.
+    """
+    if len(study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))) >= config.search.trials:
+        return
+    enough = optuna.study.MaxTrialsCallback(config.search.trials, states=(COMPLETE, PRUNED))
+    try:
+        study.optimize(objective, timeout=config.search.timeout, callbacks=[enough])
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        [reason, *_] = str(error.__cause__ or error).splitlines()
+        raise MachineError(f"the study in {run_dir} cannot be written ({reason}); free disk space") from error
 
 
 def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Study:
