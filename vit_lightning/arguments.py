@@ -1,4 +1,4 @@
-"""Checks of what is typed after a command, of what Hydra would accept or report in other words."""
+"""Checks of a command's arguments that Hydra does not make, or reports less clearly."""
 
 import re
 from dataclasses import fields
@@ -11,16 +11,16 @@ from vit_lightning.keys import InputError, sections
 from vit_lightning.messages import keys_meant, keys_of, unknown_key
 from vit_lightning.schemas import CONF, options_of
 
-OPTIONS = {  # Hydra's options; anything else that begins with a dash is a mistake
+OPTIONS = {  # Hydra's options; no other argument may begin with a dash
     *("--cfg", "-c", "--resolve", "--package", "-p", "--run", "-r", "--multirun", "-m", "--shell-completion", "-sc"),
     *("--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info", "-i", "--version"),
     *("--hydra-help", "--experimental-rerun"),
 }
-OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that have no declaration in the schema
+OPEN = re.compile(r"\+*(\w+\.options|callbacks|logger)\.")  # keys that the schema does not declare
 
 
 def added(arguments: list[str]) -> list[str]:
-    """Settings as Hydra takes them: keys without a declaration are added."""
+    """Convert settings to Hydra's syntax, where undeclared keys begin with a plus."""
     return [f"++{item}" if OPEN.match(item) and item[0] not in "+~" else item for item in arguments]
 
 
@@ -47,14 +47,14 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
     """Refuse settings that would fail every job of a sweep, or make two of its jobs the same.
 
     Args:
-        arguments: of the command.
-        schema: of its configuration.
+        arguments: the command's arguments.
+        schema: the schema of its configuration.
 
     Returns:
-        Hydra's setting that names the directory of a job after what the sweep varies.
+        The Hydra setting that names a job's directory after what the sweep varies.
 
     Raises:
-        InputError: if a setting is not possible, or a list of values is empty or repeats a value.
+        InputError: if a setting is invalid, or a list of values is empty or repeats a value.
     """
     given = [item for item in arguments if ("=" in item and item[0] != "-") or item[0] == "~"]  # leaves out --cfg job
     try:
@@ -84,22 +84,22 @@ def check_overrides(arguments: list[str], schema: type) -> list[str]:
 
 
 def check_setting(setting: Override, schema: type, chosen: set[str]) -> None:
-    """Refuse a setting that Hydra takes, or reports in other words.
+    """Refuse an invalid setting that Hydra would accept, or report less clearly.
 
     Args:
         setting: the setting.
-        schema: of the configuration.
+        schema: the schema of the configuration.
         chosen: all keys and groups that are set.
 
     Raises:
-        InputError: if a key is unknown, missing, removed or part of what is ``null``; or a class path is set.
+        InputError: if a key is unknown, missing, removed or in a section that is ``null``, or a class path is set.
     """
     line, name, parts = setting.input_line or "", setting.key_or_group, sections(schema)
     group, dot, _ = name.partition(".")
     if not name:
         raise InputError(f"{line} has no key; settings are written key=value")
     if re.search(r"(^|[^\w/-])_target_\s*[:=]", line) and not name.startswith(("callbacks", "logger")):
-        # Hydra would call whatever it names.
+        # Hydra would call whatever _target_ names.
         raise InputError(f"{line}: _target_ can only be set in callbacks and logger; remove it")
     if setting.is_delete() and name in keys_of(schema) and not (CONF / name).is_dir():  # a group can be left out
         raise InputError(f"{line}: a key cannot be removed; set it, as in {name}=value")

@@ -1,4 +1,4 @@
-"""From a command line to checked dataclasses and a task. Only this, ``arguments`` and ``messages`` know Hydra.
+"""Turn a command line into checked dataclasses, and run a task. Only this, ``arguments`` and ``messages`` use Hydra.
 
 A mistake ends in one line on standard error and exit code 1, before torch is imported where possible.
 """
@@ -35,20 +35,20 @@ from vit_lightning.messages import help_text, is_mistake, one_line, unknown_key
 from vit_lightning.schemas import CONF, SCHEMAS
 from vit_lightning.terminal import escape_unencodable, relative
 
-NAME_BYTES = 200  # length of a job's directory name; most file systems take 255
-FAILED: dict[Path, str] = {}  # the messages of a sweep's jobs in this process, by directory
+NAME_BYTES = 200  # maximum length of a job's directory name; most file systems allow 255
+FAILED: dict[Path, str] = {}  # messages of the sweep's jobs that failed in this process, by directory
 
 
 def run_command(name: str, task: str, text: str | None) -> None:
     """Compose the configuration from ``conf/`` and the command line, and run a task on it, or a sweep of tasks.
 
-    A job of a sweep that fails does not stop the others: its message is in its directory as ``error.txt``.
+    A failed job of a sweep does not stop the others; its message is written to ``error.txt`` in its directory.
 
     Args:
-        name: of the command, one of ``SCHEMAS``.
+        name: the command, one of ``SCHEMAS``.
         task: ``module:function``, imported once the configuration is checked. It takes the configuration, the run's
             directory and the :class:`~vit_lightning.keys.Invocation`, and returns what a sweeper optimises.
-        text: what ``--help`` says first.
+        text: the beginning of ``--help``.
     """
     escape_unencodable()
     schema = SCHEMAS[name]
@@ -119,7 +119,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(run_dir))
     if settings.job.chdir:
         raise InputError("hydra.job.chdir=true is not supported; paths are relative to where the command is typed")
-    (run_dir / ERROR).unlink(missing_ok=True)  # left by an earlier attempt
+    (run_dir / ERROR).unlink(missing_ok=True)  # from an earlier attempt
     config = to_config(cfg, schema)
     check_paths(config)
     overrides = list(settings.overrides.task)
@@ -128,7 +128,7 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
         if isinstance(config, Config) and config.trainer.strategy != "auto":
             with contextlib.suppress(OSError):
                 run_dir.rmdir()
-            # Every job would fail of it: this ends the sweep.
+            # Every job would fail for this reason, so the sweep ends.
             sys.exit(f"error: trainer.strategy={config.trainer.strategy} is for single runs; a sweep uses one device")
         command = shlex.join([*program, *overrides])
     else:
@@ -139,14 +139,14 @@ def _run_task(task: str, cfg: DictConfig, name: str, run_dir: Path) -> float:
             return to_config(hydra.compose(name, added(more)), schema)
         except InputError:
             raise
-        except Exception as error:  # Hydra and OmegaConf have many
+        except Exception as error:  # Hydra and OmegaConf raise many types
             raise InputError(one_line(error, schema).removeprefix("error: ")) from error
 
     return guard.load(task)(config, run_dir, invocation=Invocation(command, overrides, compose, build_object))
 
 
 def build_object(settings: dict[str, Any], run_dir: Path) -> Any:
-    """Build a callback or logger; ``save_dir`` and ``dirpath`` are the run's own unless they are set.
+    """Build a callback or logger; ``save_dir`` and ``dirpath`` default to the run's own.
 
     Raises:
         InputError: if its class cannot be imported, or does not take the arguments.
@@ -173,9 +173,9 @@ class SweepEnd(Callback):
         if any(directory.rglob(SUMMARY)):
             try:
                 guard.load("vit_lightning.sweeps.table:show")(directory)
-            except InputError as error:  # the jobs have their results; only their table is missing
+            except InputError as error:  # the jobs finished; only their table is missing
                 print(f"error: {error}", file=sys.stderr)
-        # What a launcher ran in other processes is known from its files; where none could be written, from this one.
+        # Failures in a launcher's processes are known from files; failures in this process, also without a file.
         failed = {path.parent: path.read_text(encoding="utf-8") for path in directory.resolve().rglob(ERROR)} | FAILED
         if failed:
             lines = [f"  {relative(path)}: {text.splitlines()[-1]}" for path, text in sorted(failed.items())]
@@ -183,9 +183,9 @@ class SweepEnd(Callback):
 
 
 def job_dir(varied: str) -> str:
-    """Name the directory of a job after what the sweep varies: one directory, whose name file systems take.
+    """Name the directory of a job after what the sweep varies, as a single name that file systems accept.
 
-    A name that is changed ends with a hash of the original, so that no two jobs get the same.
+    A changed name ends with a hash of the original, so that no two jobs share a directory.
     """
     safe = re.sub(r"[/\\\0\n]", "_", varied).encode("utf-8", "surrogateescape")
     if safe == varied.encode("utf-8", "surrogateescape") and len(safe) <= NAME_BYTES:
@@ -198,7 +198,7 @@ OmegaConf.register_new_resolver("job_dir", job_dir, replace=True)
 
 
 def register_schemas() -> None:
-    """Make the dataclasses known to Hydra under the names that the files in ``conf/`` begin with."""
+    """Register the dataclasses with Hydra, under the names that the files in ``conf/`` begin with."""
     store = ConfigStore.instance()
     for name, schema in SCHEMAS.items():
         store.store(f"base_{name}", schema)
@@ -207,10 +207,10 @@ def register_schemas() -> None:
 
 
 def to_config(cfg: DictConfig, schema: type) -> Any:
-    """The composed configuration as checked dataclasses.
+    """Convert the composed configuration to checked dataclasses.
 
     Raises:
-        InputError: if a key is unknown (Hydra lets ``+typo=1`` pass), or a value or combination is not possible.
+        InputError: if a key is unknown (Hydra accepts ``+typo=1``), or a value or combination is invalid.
     """
     imports = cfg.get("imports")
     register.load(as_list(OmegaConf.to_object(imports) if OmegaConf.is_list(imports) else imports))
@@ -224,7 +224,7 @@ def to_config(cfg: DictConfig, schema: type) -> Any:
         and "model" in cfg
         and cfg.model.image_size % cfg.model.patch_size
     ):
-        cfg.model.update(patch_embed="unfold", patch_size=1)  # the weights have their own, which are not known yet
+        cfg.model.update(patch_embed="unfold", patch_size=1)  # placeholders: the weights' own are not known yet
     return OmegaConf.to_object(cfg)
 
 

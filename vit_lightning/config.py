@@ -1,9 +1,9 @@
-"""The configuration of a run: every key with its type, default, range and meaning, written once.
+"""The configuration of a run: every key with its type, default, range and meaning, declared once.
 
-Error messages, ``--help``, the table of keys in ``conf/README.md`` and the property tests are made from the
+Error messages, ``--help``, the table of keys in ``conf/README.md`` and the property tests are generated from the
 declarations here. The sections are plain dataclasses: :mod:`vit_lightning.cli` builds them from ``conf/`` and the
-command line, Python code builds them directly (``ModelConfig(layers=4)``). Nothing here imports torch, so that a
-mistake is reported at once.
+command line; Python code builds them directly (``ModelConfig(layers=4)``). Nothing here imports torch, so that
+mistakes are reported immediately.
 """
 
 import math
@@ -16,10 +16,10 @@ from vit_lightning.trainer_config import ACCELERATORS, DashboardConfig, TrainerC
 
 __all__ = ["ACCELERATORS", "DashboardConfig", "TrainerConfig"]  # declared in trainer_config.py
 
-SEED = 2**32 - 1  # the largest that NumPy takes
+SEED = 2**32 - 1  # the largest seed that NumPy accepts
 IMPORTS = "Your own modules or .py files, which register parts: one, or a list."
-FOREIGN = ("timm:", "hf:")  # what the name of a network of another library begins with
-TOP5_ABOVE = 10  # number of classes; up to it, half of them or more would be guessed, and top-5 is not measured
+FOREIGN = ("timm:", "hf:")  # prefixes of the names of other libraries' networks
+TOP5_ABOVE = 10  # top-5 is measured above this number of classes; otherwise it covers half of them or more
 TRACEBACK = "Show the traceback of a mistake."
 
 
@@ -280,7 +280,7 @@ class Config:
             raise InputError("optim.clock=time needs trainer.max_time, as in trainer.max_time=00:00:30:00")
 
     def _check_classes(self) -> None:
-        """Check the metric that is monitored, and that small classes are favoured in one way only."""
+        """Check the monitored metric, and that small classes are favoured in only one way."""
         measured = [f"val/{name}" for name in ("loss", "acc", "acc5", *self.metrics)]
         if self.monitor not in measured:
             raise InputError(

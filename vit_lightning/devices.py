@@ -1,4 +1,4 @@
-"""The machine and how it is used: accelerator, precision, memory, compiler, random seeds, and warnings about them."""
+"""The machine and its use: accelerator, precision, memory, compiler, random seeds, and warnings about them."""
 
 import contextlib
 import ctypes
@@ -44,7 +44,7 @@ def check_accelerator(trainer: TrainerConfig) -> None:
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device computes faster in bfloat16 than in float32: a CPU needs instructions for it."""
+    """Whether a device is faster in bfloat16 than in float32; a CPU needs special instructions for that."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
@@ -52,7 +52,7 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def resolve_precision(trainer: TrainerConfig) -> TrainerConfig:
-    """Replace ``trainer.precision=auto`` by a precision of this machine.
+    """Replace ``trainer.precision=auto`` with a precision that suits this machine.
 
     Raises:
         InputError: if the accelerator is not available.
@@ -67,7 +67,7 @@ def resolve_precision(trainer: TrainerConfig) -> TrainerConfig:
 
 
 def evaluation_device(accelerator: str) -> torch.device:
-    """The device of ``auto``, ``cpu``, ``gpu`` or ``mps``.
+    """The device for ``auto``, ``cpu``, ``gpu`` or ``mps``.
 
     Raises:
         InputError: if it is not available.
@@ -80,11 +80,11 @@ def evaluation_device(accelerator: str) -> torch.device:
 
 
 def tune_malloc() -> None:
-    """Avoid two kinds of memory management per training step that change no result.
+    """Avoid two memory costs of every training step, without changing any result.
 
     glibc returns hundreds of megabytes to the kernel after every step and gets them back page by page, zeroed; here it
-    keeps them. Other C libraries are not changed. With deterministic kernels, torch fills all uninitialised memory,
-    which makes nothing more reproducible here because the kernels do not read such memory.
+    keeps them. Other C libraries are unaffected. With deterministic kernels, torch fills all uninitialised memory;
+    here this does not improve reproducibility, because the kernels do not read such memory.
     """
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
@@ -96,7 +96,7 @@ def tune_malloc() -> None:
 
 @contextlib.contextmanager
 def out_of_memory_hint(reduce: str) -> Iterator[None]:
-    """Report that the memory of the machine or its accelerator is exhausted in one line.
+    """If the memory of the machine or its accelerator is exhausted, report it in one line.
 
     Args:
         reduce: what to reduce, such as ``data.batch_size``.
@@ -113,8 +113,8 @@ def out_of_memory_hint(reduce: str) -> Iterator[None]:
 
 
 def compile_network(net: nn.Module, device: torch.device) -> None:
-    """Compile ``net`` in place when it is first used, keeping its parameters' names; or report why that fails."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # silences a warning that CUDA is missing
+    """Compile ``net`` in place on first use, keeping its parameters' names, or report why that fails."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # hides a warning about missing CUDA
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(8, device=device))
     except Exception as error:  # a missing or broken compiler raises many types
@@ -133,15 +133,15 @@ def quiet_lightning() -> None:
         ".*smaller than the logging interval",  # curves continue across epochs
         ".*model that overrides the configure_model callback",  # applies to averaging with fsdp, which is refused
         ".*It is recommended to use `self.log.'speed/",  # speed and memory are those of the first process
-        ".*in eval mode at the start of training",  # frozen parts are
+        ".*in eval mode at the start of training",  # frozen parts are in eval mode
         ".*Encountered `nan` values in tensor",  # StopAtNaN reports them
-        ".*`isinstance.treespec, LeafSpec.` is deprecated",  # Lightning 2.6 on a newer torch
+        ".*`isinstance.treespec, LeafSpec.` is deprecated",  # raised by Lightning 2.6 with a newer torch
     ):
         warnings.filterwarnings("ignore", message=message)
 
 
 def memory(device: torch.device) -> float:
-    """The largest memory that was in use, in bytes: of the GPU, or else of the process."""
+    """Peak memory use in bytes, of the GPU or else of the process."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     if resource is None:
@@ -150,7 +150,7 @@ def memory(device: torch.device) -> float:
 
 
 def now() -> float:
-    """Read a clock, in seconds, after an accelerator has finished the work queued on it."""
+    """Read a clock, in seconds, after the accelerator, if any, has finished its queued work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()

@@ -42,7 +42,7 @@ class RunFiles:
 
 
 def cannot_write(error: OSError, path: Path) -> str:
-    """Describe an error in writing a file, or else ``path``."""
+    """Describe an error in writing the file that it names, or else ``path``."""
     reason = error.strerror or error
     if not error.filename and stdout_fails():
         return f"standard output cannot be written ({reason})"
@@ -70,7 +70,7 @@ def write_synced(path: Path, content: bytes | memoryview) -> None:
 
 
 def write_atomic(path: Path, content: bytes | str) -> None:
-    """Replace a file so that at any moment, its old or its new content is there in full.
+    """Replace a file atomically: at any moment, either the old or the new content is complete.
 
     Raises:
         OSError: if the file cannot be written; it names ``path``.
@@ -93,14 +93,14 @@ def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a Matplotlib figure with :func:`write_atomic`, in the format that the file's name ends with."""
+    """Write a Matplotlib figure with :func:`write_atomic`, in the format given by the file's extension."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=path.suffix[1:])
     write_atomic(path, buffer.getvalue())
 
 
 def remove_empty(run_dir: Path) -> None:
-    """Remove a run's directory, and those above it that are below the working directory, as far as they are empty."""
+    """Remove a run's directory and its parents below the working directory, as far as they are empty."""
     start = Path.cwd()
     with contextlib.suppress(OSError):  # rmdir fails on a directory that is not empty
         for folder in (run_dir, *run_dir.parents):

@@ -1,4 +1,4 @@
-"""What every command runs in: a signal, a full disk or a closed pipe ends it with one line, from the first import on.
+"""The context of every command: from the first import on, a signal, full disk or closed pipe ends it with one line.
 
 Nothing here imports a library, so that little time passes before signals are handled.
 """
@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from vit_lightning.keys import InputError
 
-# Words of the errors that libraries raise without a class of their own.
+# Words in errors for which libraries have no class of their own.
 MEMORY_WORDS = (
     *("out of memory", "can't allocate memory", "DefaultCPUAllocator", "Unable to allocate"),
     "Storage size calculation overflowed",
@@ -30,7 +30,7 @@ PROCESS_WORDS = ("terminated abruptly",)
 
 
 class Terminated(SystemExit):
-    """Raised where SIGTERM arrives, unless a launcher or the training loop handles it."""
+    """Raised when SIGTERM arrives, unless a launcher or the training loop handles it."""
 
 
 def terminate(number: int, frame: Any) -> NoReturn:
@@ -39,12 +39,12 @@ def terminate(number: int, frame: Any) -> NoReturn:
 
 
 def quit_now(number: int, frame: Any) -> NoReturn:
-    """Handle a signal while libraries load: an exception within the import of a C++ library would abort the process."""
+    """Handle a signal while libraries load; an exception during the import of a C++ library would abort the process."""
     os.write(2, b"interrupted\n" if number == signal.SIGINT else b"terminated\n")
     os._exit(128 + number)
 
 
-DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, terminate)  # others are a launcher's, or ignore the signal
+DEFAULTS = (signal.SIG_DFL, signal.default_int_handler, terminate)  # others are a launcher's or ignore the signal
 
 
 @contextlib.contextmanager
@@ -63,14 +63,14 @@ def handling(handlers: dict[signal.Signals, Callable[[int, Any], Any]]) -> Itera
 
 
 def load(task: str) -> Callable[..., Any]:
-    """Import a function that is named ``module:function``."""
+    """Import a function given as ``module:function``."""
     module, _, function = task.partition(":")
     with handling({signal.SIGINT: quit_now, signal.SIGTERM: quit_now}):
         return getattr(importlib.import_module(module), function)
 
 
 def run(task: str, *arguments: Any) -> None:
-    """Import a command and call it; what interrupts it ends it with one line on standard error, and a code."""
+    """Import a command and call it; an interruption ends it with one line on standard error and an exit code."""
     prepare_streams()
     with handling({signal.SIGTERM: terminate}):
         try:
@@ -91,12 +91,12 @@ def run(task: str, *arguments: Any) -> None:
         finally:
             try:
                 sys.stdout.flush()
-            except OSError:  # Python would try to write the rest once more when it ends
+            except OSError:  # Python would try to write the rest again at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare_streams() -> None:
-    """Let any name be printed, and keep the numbers of closed streams from files, which would get what is printed."""
+    """Make any name printable, and keep files from taking the numbers of closed streams and so receiving the output."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         stream = getattr(sys, name)
         if stream is None:
@@ -115,7 +115,7 @@ def check_directory() -> None:
 
 
 def stdout_fails() -> bool:
-    """Whether standard output takes no empty line more: its reader has ended, or its disk is full."""
+    """Whether writing an empty line to standard output fails: its reader has exited, or its disk is full."""
     try:
         print(flush=True)
     except OSError:
@@ -133,7 +133,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def fault_of(error: BaseException) -> str | None:
-    """Describe an error of the operating system, in its own words or a library's; ``None`` for any other error."""
+    """Describe an operating system error, raised directly or by a library; ``None`` for any other error."""
     [reason, *_] = str(error).strip().splitlines() or [type(error).__name__]
     if out_of_memory(error):
         return f"out of memory ({reason}); use a smaller network, fewer or smaller images, or close other programs"
@@ -146,7 +146,7 @@ def fault_of(error: BaseException) -> str | None:
         if error.errno in FULL:
             return f"{error.filename} cannot be written ({reason}); free disk space or name another directory"
         return f"{error.filename} cannot be opened ({reason}); fix its permissions or name another file"
-    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # a library's file names
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":  # a library's file name
         name = error.object[error.start : error.end]
         return f"a name with {name} cannot be written as UTF-8; rename it or set LC_ALL=C.UTF-8"
     if any(word in str(error) for word in DISK_WORDS):

@@ -1,4 +1,4 @@
-"""How a key of the configuration is declared and checked, the errors that a user sees, and how a task was called."""
+"""Declaring and checking keys of the configuration, the errors that a user sees, and how a task was called."""
 
 import math
 import re
@@ -9,19 +9,19 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-LARGEST = {int: 2**63 - 1, float: 1e30}  # what torch takes; a float is multiplied before it becomes 32 bits
+LARGEST = {int: 2**63 - 1, float: 1e30}  # torch's limits; a float may be multiplied before it is converted to 32 bits
 
 
 class InputError(ValueError):
-    """A mistake that the user can fix: one line that names the key or file, and what to do."""
+    """A mistake that the user can fix; the message is one line that names the key or file, and says what to do."""
 
     def __init__(self, message: str) -> None:
-        message = message.rpartition("InputError: ")[2]  # one of a loader's worker comes with its traceback
+        message = message.rpartition("InputError: ")[2]  # a loader worker's error comes with its traceback
         super().__init__(re.sub(r"\s*[\r\n]\s*", " ", message))  # a value may contain line breaks
 
 
 class MachineError(InputError):
-    """A fault of the machine that any other configuration would meet too: a full disk, a process that died."""
+    """A fault of the machine, which would affect any configuration, such as a full disk or a process that died."""
 
 
 def key(
@@ -36,8 +36,8 @@ def key(
     """Declare a key of the configuration.
 
     Args:
-        default: its default value; a list is copied for every instance.
-        text: what it means, in one sentence.
+        default: the default value; a list is copied for every instance.
+        text: its meaning, in one sentence.
         choices: the values it may take, or the :class:`~vit_lightning.register.Registry` of parts to choose from.
         low: smallest value, or smallest element of a list.
         high: largest value.
@@ -59,10 +59,10 @@ def check_values(section: Any) -> None:
     """
     for declared in fields(section):
         if not declared.metadata:
-            continue  # a section, which checks itself
+            continue  # a nested section checks itself
         value = getattr(section, declared.name)
         for item in value if isinstance(value, list) else [value]:
-            nested = item is not value and isinstance(item, list | dict)  # OmegaConf takes a list for a number in one
+            nested = item is not value and isinstance(item, list | dict)  # OmegaConf accepts lists among numbers
             problem = "must be a list of single values" if nested else problem_of(declared, item)
             if problem:
                 raise InputError(f"{section.prefix}{declared.name}={value} {problem}")
@@ -103,11 +103,11 @@ class Invocation:
     """How a task was called: by a command line or from Python.
 
     Attributes:
-        command: as it can be typed again.
+        command: the command, in a form that can be typed again.
         overrides: settings of the command line, as in ``["model.layers=4", "seed=1"]``; ``None`` if called from Python.
-        compose: the checked configuration that other settings give; ``None`` if called from Python.
-        build: makes an object of its ``_target_`` and arguments, which must have been typed or be in ``conf/``: what a
-            file of a run names is never built. Its other argument is the directory of the run. ``None`` likewise.
+        compose: returns the checked configuration for other settings; ``None`` if called from Python.
+        build: builds an object, for the run's directory, from its ``_target_`` and arguments, which must come from the
+            command line or ``conf/``, never from a file of a run; ``None`` if called from Python.
     """
 
     command: str
@@ -127,12 +127,12 @@ def as_list(value: Any) -> list[str]:
 
 
 def from_python() -> Invocation:
-    """The invocation of a task that a program or notebook calls."""
+    """The invocation of a task by a program or notebook."""
     return Invocation(shlex.join(["python", *sys.argv]))
 
 
 def flatten(config: dict[str, Any]) -> dict[str, Any]:
-    """``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
+    """Flatten ``{"model": {"layers": 8}}`` to ``{"model.layers": 8}``: keys as they are typed."""
     flat = {}
     for name, value in config.items():
         flat.update(

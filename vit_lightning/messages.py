@@ -1,4 +1,4 @@
-"""What the commands say: ``--help``, the table of keys, and the one line of a mistake, which names the key or file."""
+"""Texts of the commands: ``--help``, the table of keys, and one-line error messages, which name the key or file."""
 
 import difflib
 import errno
@@ -24,7 +24,7 @@ from vit_lightning.guard import FULL, fault_of
 from vit_lightning.keys import InputError, default_of, sections
 from vit_lightning.schemas import CONF, SCHEMAS, SearchRun, options_of
 
-COLUMN = 26  # where explanations begin in --help
+COLUMN = 26  # column at which explanations begin in --help
 BARE_PATH = {
     "predict": "images",
     "evaluate": "checkpoint",
@@ -32,8 +32,8 @@ BARE_PATH = {
     "train": "data.root",
     "shard": "data.root",
 }
-# What users of Lightning, timm, Hugging Face and lightning-hydra-template type, and what it is here: the first of
-# several that the command has.
+# Names of keys in Lightning, timm, Hugging Face and lightning-hydra-template, and their equivalents here; of several,
+# the first that the command has is meant.
 ALIASES: dict[str, tuple[str, ...]] = {
     name: tuple(meant)
     for names, *meant in (
@@ -90,7 +90,7 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 
 
-# Arguments of lightning.Trainer that a run sets itself: why, and what to use instead.
+# Arguments of lightning.Trainer that a run sets itself, with the reason and what to use instead.
 TRAINERS_OWN = {
     "enable_checkpointing": "a run always saves itself; save_minutes=null leaves out checkpoints within an epoch",
     "val_check_interval": "a run is validated and saved at the end of an epoch; for shorter epochs use "
@@ -111,7 +111,7 @@ TRAINERS_OWN = {
 
 
 def help_text(name: str, text: str) -> str:
-    """The text of ``--help``: the command, its groups with their options, and every key of its schema."""
+    """The text of ``--help``: the command, its groups and their options, and every key of its schema."""
     lines = text.strip().splitlines()
     groups = groups_of(name)
     if groups:
@@ -129,7 +129,7 @@ def help_text(name: str, text: str) -> str:
 
 
 def key_table() -> str:
-    """All keys of all commands as a table in Markdown."""
+    """All keys of all commands, as a Markdown table."""
     commands: dict[tuple[str, str], list[str]] = {}  # the commands that have a key with this meaning
     for name, schema in SCHEMAS.items():
         for group, section in {**sections(schema), "": schema}.items():
@@ -151,7 +151,7 @@ def _key_lines(declared: Any, prefix: str) -> list[str]:
 
 
 def key_default(field: Field) -> str:
-    """``layers=8``; with choices ``pool=cls|mean|attention``, the default first."""
+    """Format a key as ``layers=8`` or, with choices, ``pool=cls|mean|attention``, the default first."""
     default = default_of(field)
     others = [choice for choice in field.metadata["choices"] if choice != default]
     shown = default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
@@ -168,21 +168,21 @@ def _wrapped(left: str, right: str) -> list[str]:
 
 
 def is_mistake(error: Exception) -> bool:
-    """Whether an error ends in one line instead of a traceback."""
+    """Whether an error is reported in one line instead of a traceback."""
     return isinstance(error, InputError | OmegaConfBaseException) or fault_of(error) is not None
 
 
 def one_line(error: Exception, schema: type, run_dir: Path | None = None) -> str:
-    """What went wrong, naming the key as it was typed or the file, and what to do.
+    """Describe what went wrong, naming the key as it was typed or the file, and what to do.
 
     Args:
-        error: one that :func:`is_mistake`, or of Hydra's own.
-        schema: of the command's configuration.
-        run_dir: directory of the run; ``None`` if Hydra has not made it yet.
+        error: one that :func:`is_mistake` accepts, or one of Hydra's own.
+        schema: the schema of the command's configuration.
+        run_dir: directory of the run; ``None`` if Hydra has not created it yet.
     """
     if isinstance(error, InputError):
         return f"error: {error}"
-    fault = None if isinstance(error, MissingConfigException) else fault_of(error)  # it is an OSError too
+    fault = None if isinstance(error, MissingConfigException) else fault_of(error)  # also an OSError
     if fault is not None and isinstance(error, OSError) and error.filename and error.errno != errno.EMFILE:
         file = Path(str(error.filename))
         if run_dir is None or file.is_relative_to(run_dir):
@@ -226,7 +226,7 @@ def _hydra_message(error: Exception, schema: type) -> str:
 
 
 def _parse_hint(argument: str, schema: type) -> str:
-    """How an argument that is not a setting would be written as one."""
+    """Suggest how to write an argument as a setting."""
     name, equals, value = argument.partition("=")
     if equals:
         return f"quote the value: {name}='\"{value}\"'"
@@ -240,7 +240,7 @@ def _parse_hint(argument: str, schema: type) -> str:
 
 
 def unknown_key(name: str, schema: type) -> str:
-    """Say that a key is not known, and which one was probably meant."""
+    """Say that a key is unknown, and which one was probably meant."""
     group, dot, rest = name.partition(".")
     if group == "trainer" and rest.partition(".")[0] in TRAINERS_OWN:
         return f"{name} is not a key: {TRAINERS_OWN[rest.partition('.')[0]]}"
@@ -270,7 +270,7 @@ def keys_of(schema: type) -> list[str]:
 
 
 def keys_meant(name: str, schema: type) -> list[str]:
-    """The keys that were probably meant by a name: one, two that end like it, or none."""
+    """The keys probably meant by a name: one, two that share an ending, or none."""
     keys, parts = keys_of(schema), sections(schema)
     command = next(command for command, known in SCHEMAS.items() if known is schema)
     group, _, rest = name.rpartition(".")
@@ -280,12 +280,12 @@ def keys_meant(name: str, schema: type) -> list[str]:
     ends = [key for key in keys if key.endswith(f".{rest}") or (group and key == rest)]
     if ends:
         return ends if len(ends) < 3 else []
-    # Compared without the group, which makes any two of its keys similar.
+    # Names are compared without the group, which would make any two of its keys similar.
     near = [key for key in keys if group not in parts or key.startswith(f"{group}.")]
     names = [key.rpartition(".")[2] for key in near] + (groups_of(command) if not group else [])
     matches = difflib.get_close_matches(rest, names, n=3, cutoff=0.8)
     match = next(
         (match for match in matches if abs(len(match) - len(rest)) < 2 or group), None
-    )  # or train matches trainer
+    )  # otherwise, train would match trainer
     close = [key for key in [*near, *groups_of(command)] if match and key.rpartition(".")[2] == match]
     return close if len(close) < 3 else []

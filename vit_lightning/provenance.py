@@ -16,7 +16,7 @@ LIBRARIES = ("torch", "torchvision", "lightning", "torchmetrics", "hydra-core", 
 
 
 def provenance(invocation: Invocation) -> dict[str, Any]:
-    """What someone else needs to know to get the same numbers again.
+    """Collect what someone else needs to know to reproduce the numbers.
 
     Returns:
         ``command`` as typed, ``date`` (UTC, ISO 8601), ``git_commit`` (with ``+changes`` if the package or
@@ -32,7 +32,7 @@ def provenance(invocation: Invocation) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, with ``+changes`` if the package or ``conf/`` differ."""
+    """The commit of the checkout that this package runs from, with ``+changes`` if the package or ``conf/`` differs."""
 
     def git(*arguments: str) -> str:
         here = Path(__file__).parent
@@ -45,7 +45,7 @@ def git_commit() -> str | None:
 
 
 def hardware() -> dict[str, Any]:
-    """Processor, its vector instructions, cores, threads of torch, memory in GiB, and the GPU where there is one."""
+    """Processor, its vector instructions, cores, torch's threads, memory in GiB, and the GPU if there is one."""
     return {
         "cpu": _cpu_name(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -1,6 +1,6 @@
 """Parts that are chosen by name: blocks, data sets, optimizers and so on.
 
-Our own parts and those of a user's file (``imports=my_ideas.py``) are registered in the same way, with one decorator
+Built-in parts and those in a user's file (``imports=my_ideas.py``) are registered in the same way, with one decorator
 per kind::
 
     from vit_lightning import register
@@ -11,7 +11,7 @@ per kind::
         def __init__(self, config, drop_path, ratio): ...
         def forward(self, x): ...
 
-which is then chosen with ``model.block=parallel model.options.parallel.ratio=4``. Nothing here imports torch.
+The block is then chosen with ``model.block=parallel model.options.parallel.ratio=4``. Nothing here imports torch.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     Args:
         key: the key of the configuration that chooses parts, such as ``model.block``.
-        home: the module that registers our own parts, imported when the first of them is used.
-        built_in: the names of our own parts, known before that.
-        others: for a kind that also takes names of classes, which begin with a capital: where these are from.
+        home: the module that registers the built-in parts, imported when the first of them is used.
+        built_in: the names of the built-in parts, known before that.
+        others: where classes are from, for a kind that also accepts names of classes, which begin with a capital.
     """
 
     def __init__(self, key: str, home: str, *built_in: str, others: str = "") -> None:
@@ -50,12 +50,12 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """Return a decorator that registers a class or function.
 
         Args:
-            name: what the configuration calls it.
-            settings: the settings of its own, each with a default or declared by :func:`~vit_lightning.keys.key`; the
-                part receives them as keyword arguments.
+            name: its name in the configuration.
+            settings: its own settings, each with a default or declared by :func:`~vit_lightning.keys.key`; the part
+                receives them as keyword arguments.
 
         Raises:
-            InputError: if another part has the name.
+            InputError: if another part has the same name.
         """
 
         def add(part: PartT) -> PartT:
@@ -86,11 +86,11 @@ class Registry(Mapping[str, Callable[..., Any]]):
 
     @property
     def choices(self) -> str:
-        """What can be chosen, for messages."""
+        """The choices, as text for messages."""
         return ", ".join([*self._owners, *([self.others] if self.others else [])])
 
     def settings(self, name: str) -> dict[str, Field]:
-        """The declared settings of a part by name."""
+        """The declared settings of a part, by name."""
         self[name]
         return self._settings[name]
 
@@ -98,14 +98,14 @@ class Registry(Mapping[str, Callable[..., Any]]):
         """Call a part with ``args``, and with its settings as keyword arguments.
 
         Args:
-            name: of the part.
+            name: name of the part.
             options: by part, the settings that differ from their defaults.
-            args: what every part of the kind is called with.
+            args: the arguments common to all parts of the kind.
         """
         return self[name](*args, **self.arguments(name, options))
 
     def arguments(self, name: str, options: dict[str, dict[str, Any]]) -> dict[str, Any]:
-        """The settings of a part: its defaults, and what ``options`` changes of them."""
+        """The settings of a part: its defaults, updated from ``options``."""
         return {each: default_of(field) for each, field in self.settings(name).items()} | options.get(name, {})
 
 
@@ -125,16 +125,16 @@ loss = Registry("optim.loss", "vit_lightning.recipe.optim", "cross_entropy", "bc
 metric = Registry("metrics", "vit_lightning.recipe.metrics", "balanced_acc", "f1")
 
 
-LOADED: set[str] = set()  # what load() has imported, as named by the user
+LOADED: set[str] = set()  # the imports that load() has made, as named by the user
 
 
 def check_options(prefix: str, options: dict[str, Any], *registries: Registry) -> None:
     """Check the settings of parts against their declarations.
 
     Args:
-        prefix: of the section that has them, such as ``model.``.
-        options: by part, its settings.
-        registries: the kinds of part that the section chooses.
+        prefix: prefix of the section that contains them, such as ``model.``.
+        options: settings by part.
+        registries: the kinds of parts chosen in the section.
 
     Raises:
         InputError: if a part or a setting is unknown, or a value has the wrong type or is out of range.
@@ -164,9 +164,9 @@ def check_options(prefix: str, options: dict[str, Any], *registries: Registry) -
 
 @contextlib.contextmanager
 def needs(imports: Sequence[str]) -> Iterator[None]:
-    """Name the imports that a saved configuration was made with, if it cannot be read without them.
+    """If a saved configuration cannot be read without its imports, name them in the error.
 
-    They are never imported here: that a file names some code is no reason to run it.
+    They are never imported here: code must not run just because a file names it.
 
     Raises:
         InputError: if the configuration cannot be read.

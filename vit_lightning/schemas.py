@@ -78,7 +78,7 @@ class SearchRun(Config):
 
 
 def _check_domain(name: str, domain: Any) -> None:
-    """Refuse what is not a domain of a search space."""
+    """Refuse an invalid domain of a search space."""
     kinds = "{choices: [a, b]} or {low: 1, high: 4} with step or log"
     if not isinstance(domain, dict) or not (domain.keys() == {"choices"} or {"low", "high"} <= domain.keys()):
         raise InputError(f"space: {name} must have {kinds}, not {domain}")

@@ -1,4 +1,4 @@
-"""What the commands print: ruled tables on a terminal, plain columns in a file or a pipe."""
+"""Output of the commands: ruled tables on a terminal, plain columns in a file or a pipe."""
 
 import contextlib
 import io
@@ -19,7 +19,7 @@ LABELS = {"acc": "top-1", "acc5": "top-5", "balanced_acc": "balanced"}
 
 
 def escape_unencodable() -> None:
-    """Print characters that the terminal's encoding lacks, and names that are not valid Unicode, as escapes."""
+    """Print characters missing from the terminal's encoding, and names that are not valid Unicode, as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -34,14 +34,14 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
     """Print a title and a table below it.
 
     Args:
-        title: one line.
-        header: of the columns.
-        rows: as long as ``header`` each; an empty one for a rule.
-        left: columns that are words, aligned left and broken where the terminal is narrow; the others are numbers.
+        title: a single line.
+        header: names of the columns.
+        rows: each as long as ``header``, or empty for a rule.
+        left: number of leading columns of words, aligned left and wrapped on a narrow terminal; the others are numbers.
     """
     terminal = sys.stdout.isatty()
-    width = None if terminal else 10_000  # without a window, every row fits on one line
-    console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)  # [x] in a name is no style
+    width = None if terminal else 10_000  # outside a terminal, every row fits on one line
+    console = Console(force_terminal=terminal, width=width, markup=False, emoji=False)  # [x] in a name is not a style
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for number, name in enumerate(header):
         if number < left:
@@ -60,18 +60,18 @@ def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]]
 
 
 def label_of(metric: str) -> str:
-    """What tables call a metric: ``val/acc`` is top-1, and a registered metric has its own name."""
+    """The label of a metric in tables: ``val/acc`` is top-1, and a registered metric has its own name."""
     name = metric.rpartition("/")[2]
     return LABELS.get(name, name)
 
 
 def format_metric(metric: str, value: float) -> str:
-    """The value of a metric as text: accuracies in percent."""
+    """Format the value of a metric; accuracies in percent."""
     return f"{value:.1%}" if metric.endswith(("acc", "acc5")) else f"{value:.3f}"
 
 
 def with_bar(items: Iterable[T], description: str, total: int) -> Iterable[T]:
-    """The items, with a progress bar on a terminal."""
+    """Iterate over items, with a progress bar on a terminal."""
     console = Console(stderr=True)
     return track(items, description, total, console=console, transient=True, disable=not console.is_terminal)
 

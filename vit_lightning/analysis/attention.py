@@ -15,12 +15,12 @@ from vit_lightning.model.vit import Attention, ViT
 
 @torch.no_grad()
 def attention_maps(model: ViT, images: Tensor) -> Tensor:
-    """Attention of every head of every block, from every token to every token.
+    """The attention weights of every head in every block, from every token to every token.
 
     The network runs unchanged; hooks compute the weights, which its fused attention does not return.
 
     Args:
-        model: in evaluation mode.
+        model: the network, in evaluation mode.
         images: (B, C, S, S), normalised.
 
     Returns:
@@ -52,7 +52,7 @@ def attention_maps(model: ViT, images: Tensor) -> Tensor:
 
 
 def attention_rollout(maps: Tensor) -> Tensor:
-    """The share of each input token in each token's output, through all layers.
+    """The contribution of each input token to each token's output, through all layers.
 
     Attention rollout (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928, section 3): the mean over heads,
     averaged with the identity for the residual connection, multiplied layer by layer.
@@ -71,10 +71,10 @@ def attention_rollout(maps: Tensor) -> Tensor:
 
 
 def on_patches(model: ViT, attention: Tensor) -> Tensor:
-    """The attention to each patch, in its place, of what the head reads.
+    """The attention of the head's input to each patch, in the layout of the image.
 
     Args:
-        model: whose tokens they are.
+        model: the network that the tokens belong to.
         attention: (…, N, N), from tokens to tokens.
 
     Returns:
@@ -89,10 +89,10 @@ def on_patches(model: ViT, attention: Tensor) -> Tensor:
 
 
 def position_similarity(model: ViT) -> Tensor:
-    """Cosine similarity of each patch's position embedding with every other's.
+    """Cosine similarity of each patch's position embedding to every other's.
 
     Returns:
-        (n, n, n, n): of the patch in the first two indices with that in the last two; n patches along a side.
+        (n, n, n, n): between the patches at the first two and the last two indices; n patches along a side.
 
     Raises:
         ValueError: if the network has no position embedding.

@@ -1,6 +1,6 @@
-"""The model card of an exported network: a README.md as the Hugging Face Hub reads it.
+"""The model card of an exported network: a README.md in the Hugging Face Hub's format.
 
-Its metadata follow https://huggingface.co/docs/hub/model-cards. Every number is that of the run's record.
+Its metadata follow https://huggingface.co/docs/hub/model-cards. Every number comes from the run's record.
 """
 
 import textwrap
@@ -15,12 +15,12 @@ from vit_lightning.files import write_atomic
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import print_files, relative
 
-HUB = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}  # data sets under their names on the Hub
-LICENCES = {  # identifiers of the Hub
+HUB = {"cifar100": "uoft-cs/cifar100", "cifar10": "uoft-cs/cifar10"}  # names of data sets on the Hub
+LICENCES = {  # licence identifiers on the Hub
     *("apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "mpl-2.0", "unlicense"),
     *("cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "openrail", "unknown", "other"),
 }
-METRICS = {  # by the name in a record: the type and the name of the metric on the Hub
+METRICS = {  # maps a record's names to the types and names of metrics on the Hub
     "loss": ("loss", "cross-entropy"),
     "acc": ("accuracy", "top-1 accuracy"),
     "acc5": ("accuracy", "top-5 accuracy"),
@@ -69,19 +69,19 @@ probabilities = model(images).softmax(dim=1)  # (1, {classes})
 
 
 def write_card(classifier: ViTClassifier, record: dict[str, Any], licence: str, model: Path) -> None:
-    """Write ``README.md`` next to an exported network; one that is there is kept.
+    """Write ``README.md`` next to an exported network, unless it already exists.
 
     Args:
-        classifier: the network that was exported.
+        classifier: the exported network.
         record: the ``summary.json`` of its run; ``{}`` if there is none.
-        licence: what its weights may be used for: an identifier of the Hub, a sentence, or nothing.
-        model: the exported file; ``config.json`` for timm.
+        licence: what its weights may be used for: a licence identifier of the Hub, a sentence, or empty.
+        model: the exported file, which is ``config.json`` for timm.
     """
     path = model.with_name("README.md")
     if path.exists():
         print(f"{relative(path)} was there before and is kept; delete it for a new model card")
         return
-    if len(classifier.hparams["class_names"]) <= 10:  # nearly every label is among half of the classes
+    if len(classifier.hparams["class_names"]) <= 10:  # top-5 means little if it covers half of the classes
         metrics = {name: value for name, value in record.get("metrics", {}).items() if not name.endswith("/acc5")}
         record = {**record, "metrics": metrics} if record else record
     title, hub = data_of(classifier)
@@ -103,7 +103,7 @@ def write_card(classifier: ViTClassifier, record: dict[str, Any], licence: str, 
 
 
 def header_of(record: dict[str, Any], licence: str, model: Path, title: str, hub: str | None) -> dict[str, Any]:
-    """The card's metadata, with the results on the test images, or else on the validation images, as a model index."""
+    """The card's metadata, with a model index of the results on the test images, or else the validation images."""
     tags = ["image-classification", "vision-transformer", *(["onnx"] if model.suffix == ".onnx" else ["pytorch"])]
     header: dict[str, Any] = {
         "license": licence if licence in LICENCES else "other" if licence else "unknown",
@@ -126,7 +126,7 @@ def header_of(record: dict[str, Any], licence: str, model: Path, title: str, hub
 
 
 def data_of(classifier: ViTClassifier) -> tuple[str, str | None]:
-    """What the training data are called, and their name on the Hub if they are there."""
+    """The name of the training data, and their name on the Hub if they are there."""
     data = classifier.hparams["data"] or {"source": "unknown data"}
     source, name = data["source"], data.get("name")
     if source in ("image_folder", "npz"):
@@ -135,12 +135,12 @@ def data_of(classifier: ViTClassifier) -> tuple[str, str | None]:
 
 
 def names_of(metrics: dict[str, float]) -> list[str]:
-    """The names of the metrics of a record, without their splits."""
+    """The names of the metrics in a record, without their splits."""
     return list(dict.fromkeys(name.partition("/")[2] for name in metrics))
 
 
 def describe(classifier: ViTClassifier, title: str) -> str:
-    """What the network is."""
+    """Describe the network."""
     config, parameters = ModelConfig(**classifier.hparams["model"]), sum(p.numel() for p in classifier.net.parameters())
     P, S = config.patch_size, config.image_size
     return (
@@ -151,7 +151,7 @@ def describe(classifier: ViTClassifier, title: str) -> str:
 
 
 def loading(classifier: ViTClassifier, model: Path) -> str:
-    """How to load the network, as Python that runs where the files are."""
+    """Python code that loads the network, to be run in the directory of its files."""
     net = classifier.net
     code = LOADING[model.name].format(channels=net.channels, size=net.image_size, classes=net.head[-1].out_features)
     takes = "Images are uint8, of any number, height and width; they are cropped, resized and normalised inside."
@@ -161,7 +161,7 @@ def loading(classifier: ViTClassifier, model: Path) -> str:
 
 
 def describe_data(classifier: ViTClassifier, record: dict[str, Any], title: str, hub: str | None) -> str:
-    """What the network was trained on."""
+    """Describe the training data."""
     name = f"[{title}](https://huggingface.co/datasets/{hub})" if hub else title
     if not record:
         return f"{name}. {NO_RECORD}"
@@ -172,7 +172,7 @@ def describe_data(classifier: ViTClassifier, record: dict[str, Any], title: str,
 
 
 def describe_training(record: dict[str, Any]) -> str:
-    """The recipe: command, commit, what it started from, time, machine and settings."""
+    """Describe the training: command, commit, initial weights, time, machine and settings."""
     if not record:
         return NO_RECORD
     config, hardware = record["config"], record["hardware"]
@@ -212,5 +212,5 @@ def describe_results(record: dict[str, Any]) -> str:
 
 
 def indent(lines: Iterable[str]) -> str:
-    """Lines as a block of code, whatever they contain."""
+    """Format lines as a code block, whatever they contain."""
     return textwrap.indent("\n".join(line.replace("\n", " ") for line in lines) + "\n", "    ")

@@ -17,22 +17,22 @@ from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.terminal import print_files, relative, warn_instead
 
 SHOWN = 5000  # maximum number of images in the projector, whose numbers are stored as text
-SIDE = 32  # of the projector's thumbnails, in pixels
+SIDE = 32  # side of the projector's thumbnails, in pixels
 
 
 def classify_and_embed(classifier: ViTClassifier, images: Tensor, tta: bool = False) -> tuple[Tensor, Tensor]:
     """Compute the class probabilities and the embeddings of stored images.
 
     An embedding is the pooled output of the network: what its head reads, before the hidden layers of the head. It
-    therefore has D numbers whatever the head, and a network without hidden layers maps it linearly to the logits.
+    therefore has D numbers whatever the head, and a head without hidden layers maps it linearly to the logits.
 
     Args:
-        classifier: in evaluation mode.
+        classifier: the classifier, in evaluation mode.
         images: (B, C, h, w), uint8.
         tta: as for :meth:`~vit_lightning.recipe.classifier.ViTClassifier.classify`; the embeddings do not depend on it.
 
     Returns:
-        (B, num_classes) and (B, D), float32, on the classifier's device.
+        The probabilities (B, num_classes) and embeddings (B, D), float32, on the classifier's device.
     """
     pooled: list[Tensor] = []
     hook = classifier.net.head.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
@@ -46,13 +46,13 @@ def classify_and_embed(classifier: ViTClassifier, images: Tensor, tta: bool = Fa
 def write_embeddings(
     folder: Path, embeddings: Tensor, columns: dict[str, list[str]], pictures: Callable[[Tensor], Tensor]
 ) -> None:
-    """Write ``embeddings.npz``, and the files of TensorBoard's projector, with a thumbnail of each image.
+    """Write ``embeddings.npz``, and the files for TensorBoard's projector, with a thumbnail of each image.
 
     Args:
-        folder: where to.
+        folder: the directory to write to.
         embeddings: (n, D), float32, on the CPU.
-        columns: by name, what else is known of each of the n images: ``files``, ``class`` and perhaps ``labels``.
-        pictures: returns the images (k, C, h, w), uint8, at k positions.
+        columns: other data for the n images, by name: ``files``, ``class`` and optionally ``labels``.
+        pictures: a function that returns the images (k, C, h, w), uint8, at k positions.
     """
     buffer = io.BytesIO()
     arrays: dict[str, Any] = {"embeddings": embeddings.numpy(), **columns}
@@ -72,5 +72,5 @@ def write_embeddings(
 
 
 def clean(text: str) -> str:
-    """A cell of a table of tab-separated values, in valid Unicode."""
+    """Make text a cell of a table of tab-separated values, in valid Unicode."""
     return re.sub(r"\s", " ", text).encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Evaluate a trained network on one split: measures, tables and figures."""
+"""Evaluate a trained network on one split: metrics, tables and figures."""
 
 import json
 from dataclasses import asdict, replace
@@ -21,7 +21,7 @@ from vit_lightning.terminal import print_files, print_table, warn_instead
 
 
 def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Evaluate a checkpoint on one split, print the tables and write report, tables and figures to ``run_dir``.
+    """Evaluate a checkpoint on one split, print tables, and write a report, tables and figures to ``run_dir``.
 
     Returns:
         Top-1 accuracy, in [0, 1].
@@ -31,7 +31,7 @@ def evaluate(config: EvaluateConfig, run_dir: Path, invocation: Invocation | Non
     """
     classifier = load_classifier(config.checkpoint).to(evaluation_device(config.accelerator))
     chosen = chosen_data(config, classifier, invocation.keys if invocation else set())
-    # No batch of training images is drawn, so their number does not matter.
+    # No batch of training images is drawn, so there may be fewer than the usual batch size.
     data = ImageData(replace(chosen, batch_size=1), classifier.net.image_size)
     data.setup()
     predictions = predict_split(classifier, data, config.split, config.tta, config.embeddings)
@@ -67,9 +67,9 @@ def chosen_data(config: EvaluateConfig, classifier: ViTClassifier, typed: set[st
     """The images to evaluate on: the classifier's own, or those of ``config.data``, split like its own.
 
     Args:
-        config: of the command.
-        classifier: whose hyper-parameters may name the data that it was trained on.
-        typed: keys that were set on the command line, which take precedence over the classifier's split.
+        config: the command's configuration.
+        classifier: the classifier; its hyper-parameters may name the data that it was trained on.
+        typed: keys set on the command line, which take precedence over the classifier's split.
 
     Raises:
         InputError: if ``config.data`` is ``None`` and the classifier does not name its own data.
@@ -88,7 +88,7 @@ def chosen_data(config: EvaluateConfig, classifier: ViTClassifier, typed: set[st
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the measures, the worst classes and the most confused pairs."""
+    """Print the metrics, the worst classes and the most confused pairs."""
     title = f"{report['checkpoint']} on {report['images']:,} {report['split']} images of {report['data']['source']}"
     names = {
         "acc": "top-1",

@@ -21,19 +21,19 @@ from vit_lightning.recipe.weights import load_classifier, publish, read_record
 from vit_lightning.schemas import ExportConfig
 from vit_lightning.terminal import print_files, print_table
 
-TOLERANCE = 1e-4  # greatest difference between logits
+TOLERANCE = 1e-4  # largest allowed difference between logits
 BATCHES = (1, 64)  # batch sizes of the speed measurement
 FORMATS = {"onnx": ("model.onnx", to_onnx), "torch_export": ("model.pt2", to_torch_export)}
 
 
 def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Export a checkpoint, compare it with PyTorch's, and write it if it agrees, with a model card.
+    """Export a checkpoint, compare its output with PyTorch's, and if they agree write it with a model card.
 
     A graph maps ``images`` (B, C, h, w), uint8, of any number and size, to ``logits`` (B, classes); it crops, resizes
     and normalises them as the classifier does. Its metadata has ``class_names`` and ``config`` as JSON.
 
     Returns:
-        The greatest absolute difference between its logits and PyTorch's; of probabilities for safetensors.
+        The largest absolute difference between its logits and PyTorch's (for safetensors, between probabilities).
 
     Raises:
         InputError: if there is no such checkpoint, a library is missing, or the export differs from PyTorch.
@@ -54,10 +54,10 @@ def export(config: ExportConfig, run_dir: Path, invocation: Invocation | None = 
 
 
 def export_graph(config: ExportConfig, classifier: ViTClassifier, run_dir: Path) -> tuple[float, Path]:
-    """Write the graph of ``config.format``, if its logits agree, and measure its speed.
+    """Write the graph as ``config.format`` if its logits agree with PyTorch's, and measure its speed.
 
     Returns:
-        The greatest absolute difference between its logits and PyTorch's, and its file.
+        The largest absolute difference between its logits and PyTorch's, and its file.
 
     Raises:
         InputError: if they differ.
@@ -94,7 +94,7 @@ def export_weights(
     """Write the weights at half precision, with the run's record.
 
     Returns:
-        The greatest absolute difference of a probability due to half precision, over some photographs, and the file.
+        The largest absolute difference of a probability due to half precision, on some photographs, and the file.
     """
     path = run_dir / "model.safetensors"
     publish(classifier, record, licence, path)
@@ -138,7 +138,7 @@ def to_timm(classifier: ViTClassifier) -> tuple[dict[str, Any], dict[str, Tensor
     )
     state = rename(classifier.net.state_dict(), tuple((ours, theirs) for theirs, ours in TIMM))
     positions = state["pos_embed"]
-    unmoved = positions.new_zeros(1, config.registers, D)  # there, registers have positions
+    unmoved = positions.new_zeros(1, config.registers, D)  # in timm, registers have positions
     state["pos_embed"] = torch.cat([positions[:, :first], unmoved, positions[:, first:]], dim=1)
     if config.registers:
         state["reg_token"] = state.pop("registers")
@@ -147,10 +147,10 @@ def to_timm(classifier: ViTClassifier) -> tuple[dict[str, Any], dict[str, Tensor
 
 
 def export_timm(classifier: ViTClassifier, run_dir: Path) -> tuple[float, Path]:
-    """Write a directory that ``timm.create_model("local-dir:…", pretrained=True)`` opens, if its logits agree.
+    """Write a directory for ``timm.create_model("local-dir:…", pretrained=True)``, if timm's logits agree with ours.
 
     Returns:
-        The greatest absolute difference between timm's logits and ours, over some photographs, and ``config.json``.
+        The largest absolute difference between timm's logits and ours, on some photographs, and ``config.json``.
 
     Raises:
         InputError: if timm is not installed, has no equivalent network, or its logits differ.

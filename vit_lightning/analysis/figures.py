@@ -1,6 +1,6 @@
-"""Figures from arrays: no model, logger or file. ``figure.savefig(path)`` writes one.
+"""Figures drawn from arrays, without a model, logger or file. ``figure.savefig(path)`` writes one.
 
-Text is drawn as it is, in any script. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+Text is drawn literally, in any script. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 import functools
@@ -22,7 +22,7 @@ from matplotlib.ticker import PercentFormatter
 
 TRAIN, VAL = "#0072B2", "#D55E00"  # blue, vermilion
 SPARSE = 0.01  # share of the images below which a bar of the reliability diagram is faded
-SHOWN = 15  # the best and the worst classes that are drawn where there are many
+SHOWN = 15  # number of best and of worst classes drawn if there are many classes
 CAVEAT = "Attention shows what the network mixes, which need not be what decides the class."
 
 # Transparent where attention is low, so that the image shows through.
@@ -30,9 +30,9 @@ OVERLAY = ListedColormap(np.c_[colormaps["inferno"](np.linspace(0, 1, 256))[:, :
 
 
 class TitledFigure(Figure):
-    """A figure with a title that can be read at 300 pixels of width, as in TensorBoard's overview.
+    """A figure with a title that is legible at a width of 300 pixels, as in TensorBoard's overview.
 
-    Its text is never parsed as mathematics, and is drawn in any installed fonts that have its characters.
+    Its text is never parsed as mathematics, and is drawn in whichever installed fonts have its characters.
     """
 
     def __init__(self, width: float, height: float, title: str | None = None, dpi: int = 100) -> None:
@@ -46,18 +46,18 @@ class TitledFigure(Figure):
         for text in texts:
             text.set(parse_math=False, fontfamily=fonts)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # drawn as a box
+            warnings.filterwarnings("ignore", r"Glyph .* missing from", UserWarning)  # it is drawn as a box
             super().draw(renderer)
 
 
 def _readable(figure: Figure) -> float:
-    """The size of text that can be read where the figure is 300 pixels wide, in points."""
+    """The text size, in points, that is legible when the figure is 300 pixels wide."""
     return max(10, 1.6 * figure.get_figwidth())
 
 
 @functools.lru_cache
 def _fonts_for(characters: frozenset[str]) -> list[str]:
-    """The default font, and installed ones that have the characters that it lacks."""
+    """The default font, and installed fonts that have the characters that it lacks."""
     names = list(rcParams["font.family"])
     default = font_manager.get_font(font_manager.findfont(font_manager.FontProperties()))
     missing = {ord(character) for character in characters if character.isprintable()} - default.get_charmap().keys()
@@ -73,7 +73,7 @@ def _fonts_for(characters: frozenset[str]) -> list[str]:
 
 
 def shorten(text: str, length: int = 30) -> str:
-    """One line of printable characters, as wide as ``length`` letters at most; an ellipsis replaces its middle."""
+    """Shorten text to a printable line at most ``length`` letters wide; an ellipsis replaces its middle."""
     text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in " ".join(text.split()))
     kept, shown = len(text), text
     while _width(shown) > length:
@@ -87,7 +87,7 @@ def _width(text: str) -> int:
 
 
 def _wrapped(text: str, length: int, width: int) -> str:
-    """Each line shortened, and broken where it is wider than ``width`` letters."""
+    """Shorten each line, and break it where it is wider than ``width`` letters."""
     lines = [shorten(line, length) for line in text.split("\n")]
     return "\n".join(part for line in lines for part in textwrap.wrap(line, max(1, width * len(line) // _width(line))))
 
@@ -104,10 +104,10 @@ def draw_curves(
     """Loss, and top-1 and, if measured, top-5 accuracy, of training and validation against the epoch.
 
     Args:
-        rows: one for each epoch, with the keys ``epoch``, ``train/loss``, ``val/loss``, ``train/acc`` … as in
+        rows: one per epoch, with the keys ``epoch``, ``train/loss``, ``val/loss``, ``train/acc`` … as in
             ``metrics.csv``; an epoch without validation lacks the ``val/…`` keys.
         title: of the figure.
-        training: what the training curves are called: mixed images, for example, raise their loss.
+        training: label of the training curves; it can say, for example, that mixed images raise their loss.
     """
     figure = TitledFigure(6.4, 3.5, title, dpi=200)
     left, right = figure.subplots(1, 2)
@@ -115,7 +115,7 @@ def draw_curves(
         for axes, key, style, scale in ((left, "loss", "-", 1), (right, "acc", "-", 100), (right, "acc5", "--", 100)):
             points = [(row["epoch"], row[f"{split}/{key}"] * scale) for row in rows if f"{split}/{key}" in row]
             if points:
-                marker = "o" if len(points) == 1 else None  # a single point makes no line
+                marker = "o" if len(points) == 1 else None  # a single point would not be visible as a line
                 label = {"loss": name, "acc5": f"{name.partition(' ')[0]}, top-5"}.get(key)
                 axes.plot(*zip(*points, strict=True), style, color=color, marker=marker, label=label)
     left.set(xlabel="epoch", ylabel="loss")
@@ -130,7 +130,7 @@ def draw_curves(
 
 
 def draw_patches(image: np.ndarray, patch_size: int, title: str) -> Figure:
-    """An image next to the patches that the network sees, in their places.
+    """An image next to the patches that the network sees, in the same layout.
 
     Args:
         image: (S, S, C) of floats in [0, 1]; C is 1 or 3.
@@ -157,16 +157,16 @@ def draw_patches(image: np.ndarray, patch_size: int, title: str) -> Figure:
 
 
 def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = "Confusion matrix") -> Figure:
-    """How often each class was taken for each, as shares of its images; written into the cells where there is room.
+    """How often each class was predicted as each, as shares of its images; printed in the cells if they fit.
 
     Args:
         matrix: (classes, classes) of counts: rows are labels, columns predictions.
-        class_names: in their order.
+        class_names: names of the classes, in this order.
         title: of the figure.
     """
     classes, few = len(class_names), len(class_names) <= 25
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
-    names = [shorten(name) for name in class_names] if classes <= 200 else []  # more would overlap
+    names = [shorten(name) for name in class_names] if classes <= 200 else []  # more names would overlap
     margin = 0.09 * max(map(len, names), default=0)
     side = max(3, 0.34 * classes) if few else min(0.16 * classes, 30)
     figure = TitledFigure(side + margin + 1.6, side + margin + 1, title)
@@ -187,10 +187,10 @@ def draw_confusion(matrix: np.ndarray, class_names: Sequence[str], title: str = 
 
 
 def draw_per_class(class_names: Sequence[str], accuracies: np.ndarray, title: str = "Accuracy by class") -> Figure:
-    """Accuracy of each class as a bar, the best on top; of many classes, the best and the worst 15.
+    """Accuracy of each class as a bar, the best on top; with many classes, only the best and worst 15.
 
     Args:
-        class_names: in their order.
+        class_names: names of the classes, in this order.
         accuracies: (classes,), in [0, 1].
         title: of the figure.
     """
@@ -215,10 +215,10 @@ def draw_per_class(class_names: Sequence[str], accuracies: np.ndarray, title: st
 def draw_reliability(counts: np.ndarray, accuracies: np.ndarray, title: str = "Reliability diagram") -> Figure:
     """Accuracy against confidence, and how many predictions have each confidence (Guo et al., 2017, figure 1).
 
-    After https://arxiv.org/abs/1706.04599.
+    See https://arxiv.org/abs/1706.04599.
 
     Args:
-        counts: (bins,), images in each of the intervals of equal width that divide confidence.
+        counts: (bins,), number of images in each bin of confidence; bins have equal width.
         accuracies: (bins,), in [0, 1].
         title: of the figure.
     """
@@ -241,12 +241,12 @@ def draw_reliability(counts: np.ndarray, accuracies: np.ndarray, title: str = "R
 
 
 def draw_images(images: np.ndarray, titles: Sequence[str], columns: int = 4, title: str | None = None) -> Figure:
-    """Images in a grid, each under its title.
+    """Draw images in a grid, each below its title.
 
     Args:
         images: (n, S, S, C) of floats in [0, 1]; C is 1 or 3.
-        titles: one for each, of one line or more.
-        columns: images in a row.
+        titles: one per image, of one or more lines.
+        columns: number of images per row.
         title: of the figure.
     """
     rows = -(-len(images) // columns)
@@ -268,13 +268,13 @@ def draw_attention(
     titles: Sequence[str],
     title: str | None = "Attention to each patch",
 ) -> Figure:
-    """Each image in a row of its own, and next to it the attention to its patches, drawn smoothly over it.
+    """Draw each image in its own row, next to copies overlaid with the smoothed attention to its patches.
 
     Args:
-        images: n of (S, S, C), of any S and of floats in [0, 1]; C is 1 or 3.
-        maps: (n, m, side, side), not negative: m maps for each image, each scaled to its own maximum.
-        map_names: m of them.
-        titles: n of them.
+        images: n images (S, S, C), of any S, of floats in [0, 1]; C is 1 or 3.
+        maps: (n, m, side, side), non-negative: m maps per image, each scaled to its own maximum.
+        map_names: the names of the m maps.
+        titles: the titles of the n images.
         title: of the figure.
     """
     figure, axes = _canvas(1 + len(map_names), len(images), title)
@@ -283,7 +283,7 @@ def draw_attention(
     for column, name in enumerate(["image", *map_names]):
         axes.text(column + 0.5, -0.04, shorten(name), ha="center", va="bottom", fontsize=size)
     for row, (image, of_image, text) in enumerate(zip(images, maps, titles, strict=True)):
-        rotation = 90 if len(text) > 2 else 0  # a 6 on its side could be a 9
+        rotation = 90 if len(text) > 2 else 0  # short titles stay upright: a rotated 6 could be read as a 9
         lines = _wrapped(text, 22, 11)
         axes.text(-0.03, row + 0.5, lines, ha="right", va="center", ma="center", fontsize=size, rotation=rotation)
         for column in range(1 + len(map_names)):
@@ -297,7 +297,7 @@ def draw_attention(
 
 
 def draw_position_similarity(similarity: np.ndarray, title: str = "Similarity of position embeddings") -> Figure:
-    """For each patch, in its place, how similar its position embedding is to every other's.
+    """Draw, at the place of each patch, how similar its position embedding is to every other's.
 
     Args:
         similarity: (n, n, n, n), cosines in [-1, 1].
@@ -322,7 +322,7 @@ def draw_position_similarity(similarity: np.ndarray, title: str = "Similarity of
 
 
 def _canvas(width: float, height: float, title: str | None) -> tuple[Figure, Axes]:
-    """Bare axes, in sides of an image: many images in one axes are drawn several times as fast as in axes each."""
+    """Bare axes, in units of an image's side: drawing many images is several times as fast in one axes as in many."""
     figure = TitledFigure(1.35 * width + 0.3, 1.35 * height + 0.7, title, dpi=140)
     axes = figure.subplots()
     axes.set_axis_off()

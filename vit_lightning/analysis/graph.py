@@ -1,4 +1,4 @@
-"""A trained classifier as one graph from uint8 images to logits, in the formats of files."""
+"""A trained classifier as one graph from uint8 images to logits, in several file formats."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from torch.export import Dim, ExportedProgram
 from vit_lightning.keys import InputError
 from vit_lightning.recipe.classifier import ViTClassifier
 
-Run = Callable[[Tensor], Tensor]  # uint8 images (B, C, h, w) to logits (B, classes)
+Run = Callable[[Tensor], Tensor]  # maps uint8 images (B, C, h, w) to logits (B, classes)
 
 
 def trace(classifier: ViTClassifier) -> ExportedProgram:
@@ -26,7 +26,7 @@ def trace(classifier: ViTClassifier) -> ExportedProgram:
 
 
 def to_onnx(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Run]:
-    """Convert to the content of an ONNX file, opened in ONNX Runtime on the CPU.
+    """Return the content of an ONNX file, and a function that runs it in ONNX Runtime on the CPU.
 
     Raises:
         InputError: if the required libraries are not installed.
@@ -48,7 +48,7 @@ def to_onnx(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, 
 
 
 def to_torch_export(program: ExportedProgram, metadata: dict[str, str]) -> tuple[bytes, Run]:
-    """Convert to the content of a ``torch.export`` file, opened."""
+    """Return the content of a ``torch.export`` file, and a function that runs it."""
     buffer = io.BytesIO()
     torch.export.save(program, buffer, extra_files=metadata)
     content = buffer.getvalue()
@@ -66,7 +66,7 @@ def photographs(channels: int) -> Tensor:
 
 @torch.inference_mode()
 def measure_speed(run: Run, images: Tensor, seconds: float) -> float:
-    """Return the median time of a call in seconds, over calls that take ``seconds`` in total, and at least three."""
+    """Return the median time per call, in seconds, over at least three calls that take ``seconds`` in total."""
     times: list[float] = []
     run(images)
     while len(times) < 3 or sum(times) < seconds:

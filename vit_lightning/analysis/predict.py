@@ -27,7 +27,7 @@ from vit_lightning.terminal import print_files, print_table, warn_instead, with_
 
 BATCH = 64
 DRAWN = 24  # maximum number of images in the attention picture
-SIDE = 256  # of each, in pixels
+SIDE = 256  # side of each image, in pixels
 
 
 def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
@@ -92,7 +92,7 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
 
 
 def find_images(patterns: list[str]) -> tuple[list[Path], list[str]]:
-    """Find the picture files that match files, directories and globs, without repeats, and list unmatched patterns."""
+    """List the pictures that the files, directories and globs match, without repeats, and the unmatched patterns."""
     paths: dict[Path, None] = {}
     unmatched = []
     for pattern in patterns:
@@ -127,7 +127,7 @@ def describe(probabilities: torch.Tensor, files: list[Path], names: list[str], t
 
 
 def draw(classifier: ViTClassifier, images: torch.Tensor, rows: list[dict[str, Any]], path: Path, name: str) -> None:
-    """Draw the attention of the first images: the rollout, and the mean over heads in the last block."""
+    """Draw the attention for the first images: the rollout, and the mean over heads in the last block."""
     maps = attention_maps(classifier.net, classifier.normalise(images))
     last, rollout = on_patches(classifier.net, maps[:, -1].mean(dim=1)), attention_rollout(maps)
     overlays = torch.stack([on_patches(classifier.net, rollout), last], dim=1).cpu().numpy()

@@ -24,24 +24,24 @@ from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.metrics import measures_top5
 from vit_lightning.terminal import with_bar
 
-WORST = 10  # classes and pairs of classes that the report lists
-MISTAKES = 24  # images in the figure of mistakes
-BINS = 15  # intervals of confidence
-SPLITS = {"train": "training", "val": "validation", "test": "test"}  # as titles call them
+WORST = 10  # number of classes, and of pairs of classes, that the report lists
+MISTAKES = 24  # number of images in the figure of mistakes
+BINS = 15  # number of confidence bins
+SPLITS = {"train": "training", "val": "validation", "test": "test"}  # names used in titles
 FIGURES = ("confusion", "confusion_superclasses", "per_class", "reliability", "mistakes")
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """The probabilities of all images of a split, and what follows from them; each part is computed once.
+    """The class probabilities of all images of a split, and derived results, each computed once.
 
     Attributes:
         probabilities: (n, classes), float32, on the CPU.
         labels: (n,), int64.
-        class_names: in the order of ``probabilities``.
+        class_names: names of the classes, in the order of ``probabilities``.
         split: ``train``, ``val`` or ``test``, for titles.
-        data: the images themselves, in the same order; ``None`` leaves out the figure that shows some.
-        embeddings: (n, D), float32, on the CPU, if they were asked for.
+        data: the images themselves, in the same order; ``None`` leaves out the figure that shows images.
+        embeddings: (n, D), float32, on the CPU, if requested.
     """
 
     probabilities: Tensor
@@ -53,7 +53,7 @@ class Predictions:
 
     @cached_property
     def top5(self) -> tuple[Tensor, Tensor]:
-        """The five highest probabilities, or fewer of fewer classes, and their classes: (n, 5) each."""
+        """The five highest probabilities and their classes, (n, 5) each; fewer if there are fewer classes."""
         values, classes = self.probabilities.topk(min(5, len(self.class_names)), dim=1)
         return values, classes
 
@@ -74,7 +74,7 @@ class Predictions:
 
     @cached_property
     def confusion(self) -> Tensor:
-        """Images of each class (rows) that were taken for each class (columns): (classes, classes), int64."""
+        """Number of images of each class (rows) predicted as each class (columns): (classes, classes), int64."""
         classes = len(self.class_names)
         pairs = self.labels * classes + self.guess
         return torch.bincount(pairs, minlength=classes**2).view(classes, classes)
@@ -93,7 +93,7 @@ class Predictions:
 
     @cached_property
     def calibration(self) -> tuple[np.ndarray, np.ndarray, float]:
-        """Number of images and accuracy, (15,) each, by confidence in bins of equal width, and the calibration error.
+        """Number of images and accuracy, (15,) each, in confidence bins of equal width, and the calibration error.
 
         The error is the expected one (Guo et al., 2017, https://arxiv.org/abs/1706.04599, equation 3), in [0, 1].
         """
@@ -103,12 +103,12 @@ class Predictions:
         return counts, right / np.maximum(counts, 1), float(np.abs(right - sure).sum() / len(correct))
 
     def measure(self) -> dict[str, Any]:
-        """The measures as a report that can be written as JSON.
+        """The metrics, as a report that can be written as JSON.
 
         Returns:
             ``images``, ``classes``, ``loss`` (cross-entropy, in nats), ``acc``, ``acc5`` with more than ten classes,
             ``balanced_acc`` (the mean recall of the classes that have images), ``macro_f1`` (the mean F1 of the classes
-            that are labels or predictions), ``calibration_error`` (expected, of 15 bins), ``superclass_acc`` for
+            that occur as labels or predictions), ``calibration_error`` (expected, with 15 bins), ``superclass_acc`` for
             CIFAR-100's classes, ``worst_classes``, ``most_confused``. Shares are in [0, 1].
         """
         names, guess, labels = self.class_names, self.guess, self.labels
@@ -139,10 +139,10 @@ class Predictions:
         return report
 
     def draw(self, name: str) -> Figure | None:
-        """One of ``FIGURES``; ``None`` if it would show nothing.
+        """Draw one of ``FIGURES``; return ``None`` if it would be empty.
 
-        ``confusion`` has CIFAR-100's classes by superclass, ``confusion_superclasses`` needs them; ``mistakes``, the
-        most confident ones, needs the images and a mistake.
+        ``confusion`` orders CIFAR-100's classes by superclass, and ``confusion_superclasses`` needs these classes.
+        ``mistakes`` shows the most confident ones; it needs the images and at least one mistake.
         """
         images = f"{len(self.labels):,} {SPLITS[self.split]} images"
         names, superclasses = self.class_names, superclass_indices(self.class_names)
@@ -174,7 +174,7 @@ class Predictions:
         return draw_images(data.stored(self.split, wrong)[0].permute(0, 2, 3, 1).numpy() / 255, titles, title=title)
 
     def write_per_class(self, path: Path) -> None:
-        """Write a row for each class that has images: its measures, and the class it is most often mistaken for."""
+        """Write a row for each class that has images: its metrics, and the class it is most often mistaken for."""
         precision, recall, _, counts = self.scores
         times, others = (values.tolist() for values in self.mistaken.max(dim=1))
         top5 = ["acc5"] if measures_top5(len(self.class_names)) else []
@@ -187,7 +187,7 @@ class Predictions:
         write_csv(path, rows)
 
     def files(self) -> Sequence[Any]:
-        """The files of the images, or the numbers of images in the split that are not files."""
+        """The files of the images, or their indices in the split if they are not files."""
         return (self.data and self.data.files(self.split)) or range(len(self.labels))
 
     def write_predictions(self, path: Path) -> None:
@@ -209,11 +209,11 @@ def predict_split(
     """The predictions for all images of a split, in their order, with the classifier's order of classes.
 
     Args:
-        classifier: on the device to compute on.
-        data: set up.
+        classifier: the classifier, on the device to compute on.
+        data: the images, after ``setup()``.
         split: ``train``, ``val`` or ``test``.
-        tta: whether the probabilities of an image and its mirror image are averaged.
-        embeddings: whether the embeddings are kept.
+        tta: whether to average the probabilities of an image and its mirror image.
+        embeddings: whether to keep the embeddings.
 
     Raises:
         InputError: if the data has a class that the classifier lacks, or a different number of channels.

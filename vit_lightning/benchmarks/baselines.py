@@ -1,8 +1,8 @@
-"""What the benchmark compares with: the tutorial's script, written plainly from its description, and other libraries.
+"""The benchmark's baselines: the tutorial's script, written plainly from its description, and other libraries.
 
-The tutorial's network is ``model=vit``'s with the tutorial's choices of implementation: attention by
-:class:`torch.nn.MultiheadAttention` with weights that nobody reads, every token through the last block, stock dropout;
-the images go one at a time through PIL transforms in loader workers. Axes as in :mod:`vit_lightning.model.vit`.
+The tutorial's network is that of ``model=vit``, implemented as in the tutorial: :class:`torch.nn.MultiheadAttention`
+that returns unused weights, a last block that computes every token, and stock dropout. Images go one at a time through
+PIL transforms in loader workers. Axes as in :mod:`vit_lightning.model.vit`.
 """
 
 from importlib.util import find_spec
@@ -81,7 +81,7 @@ class TutorialImages(Dataset):
         images: uint8 of shape (n, C, h, w).
         labels: int64 of shape (n,).
         size: S, in pixels.
-        mean: of each channel on [0, 1].
+        mean: mean of each channel, in [0, 1].
         std: the standard deviation of each channel, likewise.
     """
 
@@ -99,17 +99,17 @@ class TutorialImages(Dataset):
 
 
 def installed(channels: int) -> list[str]:
-    """Names of the other libraries that are installed and have a Vision Transformer for images of so many channels."""
+    """Names of the installed libraries that have a Vision Transformer for images with this number of channels."""
     modules = {"timm": "timm", "vit-pytorch": "vit_pytorch", "Hugging Face": "transformers"}
     return ["torchvision"] * (channels == 3) + [name for name, module in modules.items() if find_spec(module)]
 
 
 def library(name: str, config: ModelConfig) -> nn.Module:
-    """The Vision Transformer of one of the :func:`installed` libraries, of the same shape, with the same head.
+    """Build the Vision Transformer of an :func:`installed` library, with the same shape and the same head.
 
-    ``config.dropout`` is the probability of every dropout inside, which each library has where it chose: all drop after
-    the attention and after the second MLP layer, all but Hugging Face between the two MLP layers, torchvision and
-    Hugging Face the embeddings too, and vit-pytorch the attention weights.
+    ``config.dropout`` is the probability of every dropout inside, whose places differ: all libraries drop after the
+    attention and after the second MLP layer, all but Hugging Face between the two MLP layers, torchvision and Hugging
+    Face also the embeddings, and vit-pytorch the attention weights.
     """
     S, P, C, D = config.image_size, config.patch_size, config.channels, config.embed_dim
     layers, heads, M, p = config.layers, config.heads, config.mlp_dim, config.dropout

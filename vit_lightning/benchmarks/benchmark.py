@@ -62,7 +62,7 @@ def benchmark(config: BenchmarkRun, run_dir: Path, invocation: Invocation | None
     """
     if config.model.block != "prenorm" or config.trainer.precision != "32-true":
         raise InputError("the benchmark compares model.block=prenorm at trainer.precision=32-true; remove both")
-    memory = peak_memory(config)  # measured while this process is small: a child's peak begins at its parent's
+    memory = peak_memory(config)  # measured while this process is small: a child's peak starts at its parent's
     quiet_lightning()
     check_accelerator(config.trainer)
     record = provenance(invocation or from_python())
@@ -125,10 +125,10 @@ def measure_in_turn(config: BenchmarkRun, device: torch.device, channels: int) -
 
 
 def training_flops(model: ModelConfig) -> int:
-    """Floating-point operations of a forward and backward pass for one image, by torch's counter."""
+    """Floating-point operations of a forward and backward pass for one image, from torch's counter."""
     assert model.channels is not None
     images = torch.zeros(2, model.channels, model.image_size, model.image_size)
-    # Of the plain kernel the counter knows the cost on every device; the fused one's mathematics is the same.
+    # The counter knows the cost of the plain kernel on every device; the fused kernel does the same mathematics.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         ViT(model)(images).sum().backward()
     return counter.get_total_flops() // len(images)
@@ -155,7 +155,7 @@ def peak_memory(config: BenchmarkRun) -> int:
 
 
 def start_up(rounds: int) -> dict[str, list[float]]:
-    """Seconds from a command to its end, for commands that train nothing."""
+    """Run time in seconds of commands that do not train."""
     commands = {"--help": ["--help"], "--cfg job": ["--cfg", "job"], "a mistake": ["model.layers=0"]}
     seconds: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
@@ -167,7 +167,7 @@ def start_up(rounds: int) -> dict[str, list[float]]:
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, least, greatest and all of some measurements."""
+    """The median, minimum and maximum of some measurements, and all of them."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "values": values}
 
 
@@ -200,10 +200,10 @@ def show(report: dict[str, Any]) -> None:
 
 
 def draw_benchmark(report: Mapping[str, Any]) -> Figure:
-    """Speeds as bars, the median with minimum and maximum, and the cost of a step against each size.
+    """Draw speeds as bars, the median with minimum and maximum, and the cost of a step against each size.
 
     Args:
-        report: ``speeds`` (group to contestant to ``median``, ``min``, ``max`` in images/s; ours comes first) and
+        report: ``speeds`` (group to contestant to ``median``, ``min``, ``max`` in images/s; ours is first) and
             ``step_seconds`` (axis to points with the axis's value and ``median`` in seconds), as in ``benchmark.json``.
     """
     figure = TitledFigure(12, 7.6, "Speed by implementation, time per step by size", dpi=110)
@@ -224,7 +224,7 @@ def draw_benchmark(report: Mapping[str, Any]) -> Figure:
         axes.set(title=group, xlabel="images/s")
     for axes, (axis, points) in zip(below.subplots(1, len(axes_of_growth)), axes_of_growth.items(), strict=True):
         axes.plot([point[axis] for point in points], [1000 * point["median"] for point in points], "o-", color=VAL)
-        axes.margins(0.1)  # room for the whole of the last marker
+        axes.margins(0.1)  # room for the last marker
         axes.set(xlabel=axis, ylabel="ms per training step", xlim=(0, None), ylim=(0, None))
         axes.get_xaxis().get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""The implementations that are compared, and what is measured of each in a process of its own."""
+"""The implementations that are compared, and the measurements of each, in a process of its own."""
 
 import multiprocessing
 import tempfile
@@ -43,10 +43,10 @@ Source = Callable[[BenchmarkRun, ImageData, torch.device], Batches]
 
 @dataclass(frozen=True)
 class Contestant:
-    """An implementation.
+    """An implementation to measure.
 
     Attributes:
-        name: in tables and figures.
+        name: its name in tables and figures.
         speeds: for some of ``GROUPS``, a function that returns images per second; sent to the process by module path.
         tuned: whether its process has the memory settings of the train command.
     """
@@ -57,7 +57,7 @@ class Contestant:
 
 
 def contestants(channels: int) -> list[Contestant]:
-    """List this project, the tutorial's script, and the installed libraries that take images of so many channels."""
+    """List this project, the tutorial's script, and the installed libraries that support this number of channels."""
 
     def speeds(network: Network, training: Measurement) -> dict[str, Measurement]:
         return {"training": training, "inference": partial(inference_speed, network)}
@@ -76,7 +76,7 @@ def contestants(channels: int) -> list[Contestant]:
 def process_of(
     contestant: Contestant, config: BenchmarkRun, device: torch.device
 ) -> Iterator[Callable[[Measurement, BenchmarkRun], Any]]:
-    """Start a contestant's process; the value is a function that measures there.
+    """Start a contestant's process, and yield a function that measures in it.
 
     Raises:
         InputError: if the process fails; it has then printed the error.
@@ -102,9 +102,9 @@ def process_of(
 
 
 def serve(connection: Connection, contestant: Contestant, config: BenchmarkRun, device: torch.device) -> None:
-    """Carry out the measurements that are requested over a connection, on data that is set up once."""
+    """Carry out the measurements requested over a connection, on data that is set up once."""
     quiet_lightning()
-    # The tutorial has four loader workers, on any number of cores.
+    # The tutorial has four loader workers, whatever the number of cores.
     warnings.filterwarnings("ignore", message="This DataLoader will create .* worker processes")
     if contestant.tuned:
         tune_malloc()
@@ -175,7 +175,7 @@ def step_speed(
 
 
 def input_speed(source: Source, config: BenchmarkRun, data: ImageData, device: torch.device) -> float:
-    """Images per second of an input pipeline alone, over more steps, as these are short."""
+    """Images per second of an input pipeline alone, over more steps, because they are short."""
     return speed(lambda *_: None, source(config, data, device), with_steps(config, 20))
 
 
@@ -216,9 +216,9 @@ def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
 
     Args:
         events: the profiler's averages.
-        clock: ``cpu`` or ``device``: whose time is counted.
+        clock: whose time is counted, ``cpu`` or ``device``.
     """
-    # A GPU's kernels are rows too, besides the operators that started them, which have their time already.
+    # A GPU's kernels are rows too, but the operators that launched them already include their time.
     operators = [event for event in events if event.device_type == DeviceType.CPU]
     times = {event.key: getattr(event, f"self_{clock}_time_total") for event in operators}
     total = sum(times.values())
@@ -228,7 +228,7 @@ def shares(events: Iterable[Any], clock: str) -> dict[str, float]:
 
 
 def with_steps(config: BenchmarkRun, factor: float) -> BenchmarkRun:
-    """Multiply the number of timed steps; fewer steps need no more than one step of warm-up."""
+    """Multiply the number of timed steps; fewer steps need at most one warm-up step."""
     timing = config.benchmark
     steps, warmup = max(1, int(timing.steps * factor)), timing.warmup if factor > 1 else 1
     return replace(config, benchmark=replace(timing, steps=steps, warmup=warmup))
@@ -248,7 +248,7 @@ def speed(step: Step, batches: Batches, config: BenchmarkRun) -> float:
 
 
 def plain_step(net: nn.Module, fused: bool = False) -> Step:
-    """A training step as scripts have it: AdamW, cross-entropy, the loss read after every step."""
+    """A training step as in a typical script: AdamW, cross-entropy, the loss read after every step."""
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, weight_decay=1e-4, fused=fused or None)
     net.train()
 
@@ -264,7 +264,7 @@ def plain_step(net: nn.Module, fused: bool = False) -> Step:
 
 
 def our_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -> Batches:
-    """Training batches as the Trainer gets them, without end."""
+    """Endless training batches, as the Trainer gets them."""
     loader, mean, std = data.train_dataloader(), data.mean.to(device), data.std.to(device)
     while True:
         for images, labels in loader:
@@ -273,7 +273,7 @@ def our_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -> 
 
 
 def tutorial_batches(config: BenchmarkRun, data: ImageData, device: torch.device, workers: int = 4) -> Batches:
-    """Batches of the tutorial's loader, without end; its workers stop when the iterator is deleted."""
+    """Endless batches of the tutorial's loader, whose workers stop when the iterator is deleted."""
     assert data.arrays is not None
     images, labels = data.arrays.images["train"], data.arrays.labels["train"]
     dataset = TutorialImages(images, labels, config.model.image_size, data.mean.tolist(), data.std.tolist())
@@ -282,7 +282,7 @@ def tutorial_batches(config: BenchmarkRun, data: ImageData, device: torch.device
 
 
 def ready_batches(config: BenchmarkRun, data: ImageData, device: torch.device) -> Batches:
-    """Four batches of real images on the device, transformed, over and over."""
+    """Four transformed batches of real images on the device, repeated endlessly."""
     assert data.arrays is not None
     size, batch_size = config.model.image_size, config.data.batch_size
     images, labels = data.arrays.images["train"], data.arrays.labels["train"]

@@ -1,4 +1,4 @@
-"""Data sets in memory-mapped arrays: each source is decoded once into uint8 arrays that stay on disk."""
+"""Data sets as memory-mapped arrays: each source is decoded once into uint8 arrays that stay on disk."""
 
 import hashlib
 import io
@@ -27,16 +27,16 @@ PARTS = ("train", "val", "test")  # the parts that a source may have
 
 @dataclass(slots=True)
 class ImageArrays:
-    """A data set, in memory-mapped arrays where it comes from files.
+    """A data set, in memory-mapped arrays if it comes from files.
 
     Attributes:
-        images: by part (``train``, ``val``, ``test``, as far as the source has it), uint8 of shape (number of images,
+        images: by part (those of ``train``, ``val``, ``test`` that the source has), uint8 of shape (number of images,
             channels, height, width): tensors, or :class:`~vit_lightning.data.stream.ShardedImages`.
         labels: by part, int64 of shape (number of images,): indices into ``class_names``.
-        class_names: in the order of their indices.
-        mean: of each channel over the training images, in [0, 1].
+        class_names: names of the classes, in the order of their indices.
+        mean: mean of each channel over the training images, in [0, 1].
         std: the standard deviation of each channel, likewise.
-        digest: by part, a SHA-256 of its class names, labels and pixels, in their order.
+        digest: by part, a SHA-256 of its class names, labels and pixels, in order.
         paths: by part, the files of the images, relative to ``data.root``; empty if they are not files.
     """
 
@@ -51,16 +51,16 @@ class ImageArrays:
 
 @dataclass(slots=True)
 class ImageSet:
-    """What a source returns, by part (``train``, ``val``, ``test``); a part may be missing.
+    """The content of a source, by part (``train``, ``val``, ``test``); a part may be missing.
 
     Attributes:
-        class_names: in the order of the labels.
+        class_names: names of the classes, in the order of the labels.
         labels: indices into ``class_names``.
         images: an array of uint8, (n, height, width), (n, height, width, channels) or (n, channels, height, width); or
-            images (channels, height, width) one at a time, so that any number fits, each of ``shape``. An
-            :class:`~vit_lightning.keys.InputError` among them says why one cannot be read.
-        shape: of each image, if they come one at a time.
-        fits_any_size: whether the size is the images' own, and not chosen for ``model.image_size``.
+            images (channels, height, width) one at a time, each of ``shape``, so that any number fits in memory. An
+            :class:`~vit_lightning.keys.InputError` in place of an image says why it cannot be read.
+        shape: the shape of each image, if they come one at a time.
+        fits_any_size: whether the size is the images' own, rather than chosen for ``model.image_size``.
         paths: the files of the images, relative to ``data.root``.
     """
 
@@ -77,8 +77,8 @@ class Source:
     """A data set that is cached.
 
     Attributes:
-        identify: returns what tells its present content from another.
-        decode: reads it.
+        identify: returns a fingerprint of its current content.
+        decode: reads the data set.
     """
 
     identify: Callable[[], str]
@@ -86,7 +86,7 @@ class Source:
 
 
 def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArrays:
-    """Open the cached arrays of a source, first decoding it if there are none or they no longer match it.
+    """Open the cached arrays of a source, which is decoded first if there are none or they no longer match.
 
     Raises:
         InputError: if the source cannot be read, or the cache cannot be written.
@@ -96,7 +96,7 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
     key = hashlib.sha256(os.fsencode(f"{root} {config.stored_size}{options}")).hexdigest()[:12]
     cache = Path(config.cache_dir).expanduser() / f"{config.source}-{key}"
     skip = config.skip_unreadable
-    arrays = read_cache(cache, source.identify(), image_size, skip)  # no lock, which needs a writable directory
+    arrays = read_cache(cache, source.identify(), image_size, skip)  # without a lock, which needs a writable directory
     if arrays is not None:
         return arrays
     try:
@@ -105,7 +105,7 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
             arrays = read_cache(cache, source.identify(), image_size, skip)
             if arrays is None:
                 decoded = source.decode()
-                # Identified again, because a download changes the files.
+                # A download changes the files, so they are identified again.
                 write_cache(cache, source.identify(), decoded, skip)
                 arrays = open_cache(cache)
     except OSError as error:
@@ -115,7 +115,7 @@ def open_source(source: Source, config: DataConfig, image_size: int) -> ImageArr
 
 
 def in_memory(content: ImageSet) -> ImageArrays:
-    """A data set that is read again each time."""
+    """Convert a data set that is read each time instead of cached."""
     images = {part: channels_first(np.asarray(array)) for part, array in content.images.items()}
     labels = {part: np.asarray(content.labels[part]).astype(np.int64) for part in images}
     shapes = {array.shape[1:] for array in images.values()}
@@ -134,7 +134,7 @@ def in_memory(content: ImageSet) -> ImageArrays:
 
 
 def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[str]) -> None:
-    """Check that a part has images, each with a label that is the index of a class, of which there are two to train on.
+    """Check that a part has images, each labelled with the index of a class, and two classes if it is for training.
 
     Raises:
         InputError: if not.
@@ -148,10 +148,10 @@ def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[st
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:
-    """Bring arrays of uint8 images to (n, channels, height, width).
+    """Convert arrays of uint8 images to (n, channels, height, width).
 
     Raises:
-        InputError: if they are not such images.
+        InputError: if they are not arrays of uint8 images.
     """
     if images.dtype != np.uint8 or images.ndim not in (3, 4):
         raise InputError(f"data: images must be uint8 of 3 or 4 dimensions, not {images.dtype} of {images.ndim}")
@@ -161,9 +161,9 @@ def channels_first(images: np.ndarray) -> np.ndarray:
 
 
 def read_cache(cache: Path, fingerprint: str, image_size: int, skip_unreadable: bool = False) -> ImageArrays | None:
-    """Memory-map the arrays at ``cache``; ``None`` if there are none, or they are of other content or damaged.
+    """Memory-map the arrays at ``cache``; ``None`` if they are missing or corrupt, or their content differs.
 
-    Those that lack unreadable images are of other content, unless these are to be skipped.
+    A cache that lacks unreadable images counts as different, unless such images are to be skipped.
     """
     try:
         meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
@@ -180,7 +180,7 @@ def open_cache(cache: Path) -> ImageArrays:
     """Memory-map the arrays at ``cache``, whatever their content."""
     meta = json.loads((cache / "meta.json").read_text(encoding="utf-8"))
     parts = list(meta["digest"])
-    # Copy on write ("c"): torch needs writable memory, and nothing may reach the file.
+    # Copy on write ("c"): torch needs writable memory, and the file must not change.
     images = {part: np.load(cache / f"{part}_images.npy", mmap_mode="c") for part in parts}
     labels = {part: np.load(cache / f"{part}_labels.npy") for part in parts}
     return ImageArrays(
@@ -195,19 +195,19 @@ def open_cache(cache: Path) -> ImageArrays:
 
 
 def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadable: bool = False) -> None:
-    """Write the arrays next to ``cache``, and rename the directory when it is complete.
+    """Write the arrays next to ``cache``, and rename their directory once it is complete.
 
     Raises:
         InputError: if images cannot be read, unless they are to be skipped and others of each class remain.
     """
-    for left in cache.parent.glob(f".{cache.name}-*"):  # left by a process that was killed
+    for left in cache.parent.glob(f".{cache.name}-*"):  # from a process that was killed
         shutil.rmtree(left)
     new = Path(tempfile.mkdtemp(prefix=f".{cache.name}-", dir=cache.parent))
     try:
         problems: list[InputError] = []
         digest, paths = {}, {}
         first = next(iter(content.images))
-        lost: list[str] = []  # classes without an image that can be read
+        lost: list[str] = []  # classes without any readable image
         for part, labels in content.labels.items():
             kept, digest[part] = _write_part(new, part, content, problems)
             if part == first or not any(kept):
@@ -242,7 +242,7 @@ def write_cache(cache: Path, fingerprint: str, content: ImageSet, skip_unreadabl
 
 
 def _write_part(folder: Path, part: str, content: ImageSet, problems: list[InputError]) -> tuple[list[bool], str]:
-    """Write the images and labels of a part, and collect what cannot be read.
+    """Write the images and labels of a part, and collect the errors of those that cannot be read.
 
     Returns:
         Whether each image was read, and the digest.
@@ -254,7 +254,7 @@ def _write_part(folder: Path, part: str, content: ImageSet, problems: list[Input
         shape = images.shape[1:]
     kept = []
     pixels = hashlib.sha256()
-    with (folder / f"{part}_images.npy").open("wb") as file:  # on a full disk, a memory map would kill us
+    with (folder / f"{part}_images.npy").open("wb") as file:  # on a full disk, a memory map would kill the process
         # NumPy leaves room in the header for another number of images.
         np.lib.format.write_array_header_1_0(file, _header(len(labels), shape))
         start = file.tell()
@@ -272,7 +272,7 @@ def _write_part(folder: Path, part: str, content: ImageSet, problems: list[Input
         np.lib.format.write_array_header_1_0(file, _header(sum(kept), shape))
         assert file.tell() == start
     check_labels(part, labels, len(kept), content.class_names)
-    buffer = io.BytesIO()  # NumPy would report a full disk in words of its own
+    buffer = io.BytesIO()  # NumPy would report a full disk less clearly
     np.save(buffer, labels[kept])
     (folder / f"{part}_labels.npy").write_bytes(buffer.getvalue())
     return kept, hashlib.sha256(_start_of_digest(content.class_names, labels[kept]) + pixels.digest()).hexdigest()
@@ -297,4 +297,4 @@ def channel_statistics(images: np.ndarray) -> tuple[list[float], list[float]]:
     values = np.arange(256) / 255
     mean = share @ values
     std = np.sqrt(share @ values**2 - mean**2)
-    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # a blank channel must not divide by zero
+    return mean.tolist(), np.maximum(std, 1 / 255).tolist()  # avoids a division by zero for a blank channel

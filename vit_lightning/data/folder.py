@@ -1,4 +1,4 @@
-"""Pictures in a folder for each class, or listed in a CSV file."""
+"""Pictures in one folder per class, or listed in a CSV file."""
 
 import csv
 import hashlib
@@ -18,28 +18,28 @@ from vit_lightning.data.images import decode_all, fingerprint, image_size, is_hi
 from vit_lightning.keys import InputError
 from vit_lightning.terminal import is_first, with_bar
 
-PART_NAMES = {  # names of directories, and in a CSV file's split column
+PART_NAMES = {  # names of directories, and values of a CSV file's split column
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
-MAX_OWN_SIZE = 256  # pixels; larger images are kept at the size that the network sees, or they would fill the disk
+MAX_OWN_SIZE = 256  # pixels; larger images are stored at the network's size, to save disk space
 LAYOUTS = "data.root needs train/<class>/* and test/<class>/* (or val/), <class>/* alone, or is a CSV file"
 
-Listing = dict[str, dict[str, list[Path]]]  # lists files by part and class
+Listing = dict[str, dict[str, list[Path]]]  # files by part and class
 
 
 @register.source("image_folder")
 def image_folder(config: DataConfig, network_size: int) -> Source:
-    """Pictures of ``data.root``, in one of these layouts; class indices follow the sorted names.
+    """Pictures in ``data.root``, in one of these layouts; class indices follow the sorted names.
 
-    - ``train/<class>/*``, with ``val/``, ``test/`` or both, as in ImageNet. What is missing of the two is held out of
-      the training images, except that with ``val/`` alone there are no test images.
-    - ``<class>/*``: both are held out, class by class.
+    - ``train/<class>/*``, with ``val/``, ``test/`` or both, as in ImageNet. Whichever is missing is held out of the
+      training images, except that with ``val/`` alone there are no test images.
+    - ``<class>/*``: validation and test images are held out, class by class.
     - ``val/`` or ``test/`` alone, for an evaluation.
-    - a CSV file with the columns ``path`` (relative to the file), ``label`` and, if it is split, ``split``.
+    - a CSV file with the columns ``path`` (relative to the file), ``label`` and optionally ``split``.
 
-    Pictures in sub-folders of a class belong to it. Hidden files and folders are skipped.
+    Pictures in subfolders of a class belong to it. Hidden files and folders are skipped.
     """
     root = Path(config.root).expanduser()
     is_list = root.suffix.lower() == ".csv" and not root.is_dir()
@@ -54,7 +54,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
     labels = {part: np.array([index[name] for name in sorted(c) for _ in c[name]]) for part, c in listing.items()}
     base = root.parent if is_list else root
     every = [path for part in paths.values() for path in part]
-    # Which file has which label is not in the files' names if a CSV file says it.
+    # With a CSV file, the labels do not follow from the files' names.
     counts = {part: {name: len(files) for name, files in classes.items()} for part, classes in listing.items()}
     labelled = hashlib.sha256(json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
@@ -82,7 +82,7 @@ def image_folder(config: DataConfig, network_size: int) -> Source:
 
 
 def as_text(name: str) -> str:
-    r"""A file's name that can be printed and written: bytes that are not UTF-8 become as in ``caf\xe9``."""
+    r"""Make a file's name printable: bytes that are not UTF-8 are escaped, as in ``caf\xe9``."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -90,7 +90,7 @@ def read_tree(root: Path) -> tuple[Listing, list[Path]]:
     """List the pictures of a directory by part and class.
 
     Returns:
-        The pictures, and the files that are none.
+        The pictures, and the files that are not pictures.
 
     Raises:
         InputError: if the directory has none of the layouts.
@@ -124,7 +124,7 @@ def read_tree(root: Path) -> tuple[Listing, list[Path]]:
 
 
 def read_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
-    """List the pictures of each class folder, and the files that are none."""
+    """List the pictures in each class folder, and the files that are not pictures."""
     classes: dict[str, list[Path]] = {}
     others: list[Path] = []
     for entry in sorted(folder.iterdir()):
@@ -146,7 +146,7 @@ def read_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
 
 
 def check_link(path: Path) -> None:
-    """Check that a path is not a link to nowhere.
+    """Check that a path is not a broken link.
 
     Raises:
         InputError: if it is.
@@ -156,10 +156,10 @@ def check_link(path: Path) -> None:
 
 
 def read_csv(path: Path) -> tuple[Listing, list[Path]]:
-    """List the pictures of a CSV file with the columns ``path``, ``label`` and perhaps ``split``.
+    """List the pictures in a CSV file with the columns ``path``, ``label`` and optionally ``split``.
 
     Raises:
-        InputError: if it lacks a column, or a row has no label or an unknown split.
+        InputError: if a column is missing, or a row has no label or an unknown split.
     """
     listing: Listing = {}
     try:
@@ -184,13 +184,13 @@ def read_csv(path: Path) -> tuple[Listing, list[Path]]:
 
 
 def check_classes(root: Path, listing: Listing) -> None:
-    """Check that there are two classes to train on, and that no image is of another class.
+    """Check that there are two classes to train on, and that no image is from any other class.
 
     Raises:
         InputError: if not.
     """
     if "train" not in listing:
-        return  # only evaluated, where the classes are compared with the network's
+        return  # an evaluation compares the classes with the network's
     if len(listing["train"]) < 2:
         raise InputError(f"data.root={root} has one class of training images; a classifier needs two or more")
     for part, classes in listing.items():

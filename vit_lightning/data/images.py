@@ -1,4 +1,4 @@
-"""Picture files: which there are, whether they changed, and how one becomes an array."""
+"""Picture files: listing them, noticing changes, and decoding them to arrays."""
 
 import hashlib
 import os
@@ -29,27 +29,27 @@ UNREADABLE = (  # what Pillow raises on damaged files
     *(struct.error, zlib.error),
     *(Image.DecompressionBombError, Image.DecompressionBombWarning),
 )
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # 90 million pixels, or too large to read
+warnings.filterwarnings("error", category=Image.DecompressionBombWarning)  # over 90 million pixels is too large to read
 
 Image.init()
-# Formats that need other programs, or are not pictures.
+# Formats of Pillow that need other programs, or are not pictures.
 OTHER_FORMATS = {"EPS", "WMF", "PDF", "MPEG", "HDF5", "BUFR", "GRIB", "FITS"}
 SUFFIXES = {
     suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN and kind not in OTHER_FORMATS
 }
-LISTED = 10  # number of files that an error names
+LISTED = 10  # maximum number of files that an error names
 LARGE_FILE = 16 * 1024  # bytes; measured: 32 × 32 PNGs of 2 KB decode three times as fast in one thread as in two
 
 
 def is_hidden(name: str) -> bool:
-    """Whether files and directories of a name are skipped: those of editors, of macOS (``._x.png``) and of caches."""
+    """Whether to skip files and directories of this name: those of editors, macOS (``._x.png``) and caches."""
     return name.startswith(".") or name == "__MACOSX"
 
 
 def visible_files(folder: Path) -> list[Path]:
-    """All files below a directory that are not hidden, sorted; links to nowhere and devices too, to be reported.
+    """All files below a directory that are not hidden, sorted; includes broken links and devices, to be reported.
 
-    A directory that links reach twice is read once.
+    A directory that links reach again is read once.
 
     Raises:
         OSError: if a directory cannot be read.
@@ -61,7 +61,7 @@ def visible_files(folder: Path) -> list[Path]:
     found, seen = [], set()
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
-        if Path(place).resolve() in seen:  # a link to a directory that contains it would be followed for ever
+        if Path(place).resolve() in seen:  # a link to a directory that contains it would be followed forever
             folders.clear()
             continue
         seen.add(Path(place).resolve())
@@ -70,7 +70,7 @@ def visible_files(folder: Path) -> list[Path]:
 
 
 def is_picture(path: Path) -> bool:
-    """Whether a file's name ends like that of a picture."""
+    """Whether a file's name has the extension of a picture."""
     return path.suffix.lower() in SUFFIXES
 
 
@@ -84,7 +84,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
         InputError: if the file cannot be read as an image.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a named pipe would wait for ever
+        if path.exists() and not path.is_file():  # reading a named pipe would block forever
             raise OSError(0, "not a regular file")
         with Image.open(path) as file:
             return to_array(file, side, channels)
@@ -95,7 +95,7 @@ def decode_image(path: Path, side: int, channels: int = 3) -> np.ndarray:
 def to_array(file: Image.Image, side: int, channels: int = 3) -> np.ndarray:
     """Convert a picture as :func:`decode_image` does."""
     file.load()  # tags may be at the end of the file
-    # Pillow's exif_transpose would write all tags again, and fails on odd ones.
+    # Pillow's exif_transpose would rewrite all tags, and fails on unusual ones.
     turn = UPRIGHT.get(file.getexif().get(ORIENTATION, 1))
     image = file if turn is None else file.transpose(turn)
     if image.mode.startswith("I;16"):
@@ -110,13 +110,13 @@ def to_array(file: Image.Image, side: int, channels: int = 3) -> np.ndarray:
 
 
 def decode_all(paths: list[Path], side: int) -> Iterator[np.ndarray | InputError]:
-    """Decode files in order, or say why one cannot be: large ones on all cores, small ones one by one."""
+    """Decode files in order, or yield why one cannot be read; large files use all cores, small ones a single one."""
     sample = [path for path in paths[:: -(-len(paths) // 100)] if os.access(path, os.R_OK)]
     if sum(path.stat().st_size for path in sample) < LARGE_FILE * len(sample):
         yield from (_decoded(path, side) for path in paths)
         return
     with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), 1024):  # in parts, so that results do not pile up
+        for start in range(0, len(paths), 1024):  # in chunks, so that results do not pile up
             yield from pool.map(lambda path: _decoded(path, side), paths[start : start + 1024])
 
 
@@ -139,13 +139,13 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 
 def unreadable(name: Path | str, error: Exception) -> InputError:
-    """The message about what is not a picture."""
+    """The error for a file that is not a readable picture."""
     reason = "not an image" if isinstance(error, Image.UnidentifiedImageError) else getattr(error, "strerror", None)
     return InputError(f"{name} cannot be read ({reason or error})")
 
 
 def describe_unreadable(problems: list[InputError]) -> str:
-    """Name the first files that cannot be read, and the number of all."""
+    """Name the first files that cannot be read, and how many there are."""
     names = "; ".join(map(str, problems[:LISTED]))
     return names if len(problems) <= LISTED else f"{names}; and {len(problems) - LISTED} more"
 

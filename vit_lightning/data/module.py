@@ -21,10 +21,10 @@ class ImageData(L.LightningDataModule):
     """Images of one source as batches of uint8 images (B, C, h, w) and int64 labels (B,).
 
     In validation and test, every image counts exactly once. With ``data.workers=0``, on a GPU whose free memory is more
-    than twice the size of the images, they are kept there, and no batch is copied.
+    than twice the size of the images, the images stay on the GPU, and no batch is copied.
 
     Args:
-        data: source, split and batches.
+        data: configuration of the source, split and batches.
         image_size: S, side of the network's images in pixels, on which the stored size may depend.
         seed: seed of the order of the training images.
     """
@@ -46,8 +46,8 @@ class ImageData(L.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the position.
 
-        A schedule that asks for the number of steps makes the Trainer create its loader earlier than this, so that an
-        existing loader is moved too.
+        A schedule that needs the number of steps makes the Trainer create its loader before this call, so an existing
+        loader is moved as well.
         """
         self.resume_position = state_dict
         loader = self._training_loader()
@@ -84,35 +84,35 @@ class ImageData(L.LightningDataModule):
         self.arrays = arrays
 
     def train_dataloader(self) -> DataLoader:
-        """Return training batches, in another order in each epoch; the last incomplete batch is dropped."""
+        """Return training batches, in a different order each epoch; the last incomplete batch is dropped."""
         return self._loader("train", self.config.batch_size, shuffle=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
-        """Return every image of ``train``, ``val`` or ``test``, once, in order.
+        """Return every image of ``train``, ``val`` or ``test`` once, in order.
 
         Raises:
-            InputError: if there are none.
+            InputError: if the split has no images.
         """
         if not len(self.indices[split]):
             raise InputError(f"data.source={self.config.source}, data.root={self.config.root} has no {split} images")
         return self._loader(split, self.config.eval_batch_size, shuffle=False)
 
     def val_dataloader(self) -> DataLoader:
-        """Return every validation image, once, in order."""
+        """Return every validation image once, in order."""
         return self.eval_dataloader("val")
 
     def test_dataloader(self) -> DataLoader:
-        """Return every test image, once, in order."""
+        """Return every test image once, in order."""
         return self.eval_dataloader("test")
 
     def stored(self, split: str, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images (n, C, h, w), uint8, and labels (n,) at n positions of a split, on the CPU."""
+        """Return the images (n, C, h, w), uint8, and labels (n,) at n positions of a split, on the CPU."""
         assert self.arrays is not None, "call setup() first"
         part, indices = self._part(split), self.indices[split][positions]
         return self.arrays.images[part][indices], self.arrays.labels[part][indices]
 
     def class_counts(self) -> Tensor:
-        """The number of training images of each class: (classes,), int64."""
+        """Number of training images of each class: (classes,), int64."""
         assert self.arrays is not None, "call setup() first"
         labels = self.arrays.labels[self._part("train")][self.indices["train"]]
         return torch.bincount(labels, minlength=len(self.class_names))
@@ -154,7 +154,7 @@ class ImageData(L.LightningDataModule):
         return "test" if blog else "train"
 
     def _on_device(self, part: str, device: torch.device) -> tuple[Any, Tensor]:
-        """The images and labels of a part of the source, on the GPU if they fit there next to a network."""
+        """The images and labels of a part of the source, on the GPU if they fit there along with a network."""
         assert self.arrays is not None
         images, labels = self.arrays.images[part], self.arrays.labels[part]
         if device.type != "cuda" or self.config.workers or not isinstance(images, Tensor):
@@ -202,14 +202,14 @@ def shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
 
 
 class BatchIndices(Sampler[Tensor]):
-    """Yields batches of indices, in an order that depends on the seed and the epoch's number only.
+    """Yields batches of indices, in an order that depends only on the seed and the epoch's number.
 
     Args:
-        indices: (number of images,).
+        indices: int64 of shape (number of images,).
         batch_size: number of indices per batch.
-        shuffle: whether to shuffle each epoch and drop its last incomplete batch (training).
+        shuffle: whether to shuffle each epoch and drop its last incomplete batch, as in training.
         seed: seed of the orders.
-        share: rank of the process and number of processes; every batch is divided among them.
+        share: rank of the process and number of processes, among which every batch is divided.
     """
 
     def __init__(
@@ -219,11 +219,11 @@ class BatchIndices(Sampler[Tensor]):
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
-        self.weights: Tensor | None = None  # of the indices, if each epoch draws as many with replacement
+        self.weights: Tensor | None = None  # sampling weights of the indices, if epochs are drawn with replacement
         self.rank, self.processes = share
         self.order: Callable[[Tensor, torch.Generator], Tensor] = shuffled  # how an epoch is shuffled
         self.epoch = 0
-        self.resume_position: dict[str, int] = {}  # the epoch, and its number of batches before the interruption
+        self.resume_position: dict[str, int] = {}  # the interrupted epoch and its number of completed batches
 
     def set_epoch(self, epoch: int) -> None:
         """Select the order; the Trainer calls this at the start of every epoch."""
@@ -252,7 +252,7 @@ class BatchIndices(Sampler[Tensor]):
                 order = order[self.weights.multinomial(len(order), replacement=True, generator=generator)]
         batches = order.split(self.batch_size)[: len(self)]
         if self.processes > 1 and not self.shuffle:
-            batches = order.tensor_split(len(self))  # even parts, so that every process gets an image of each
+            batches = order.tensor_split(len(self))  # even parts, so that every process gets an image of each batch
         return [batch.tensor_split(self.processes)[self.rank] for batch in batches]
 
 
@@ -263,7 +263,7 @@ class ResumableLoader(DataLoader):
     yielded = 0
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:  # type: ignore[override]
-        self.yielded = self.sampler.first  # the generator starts after the Trainer has set the epoch
+        self.yielded = self.sampler.first  # runs only after the Trainer has set the epoch
         for batch in super().__iter__():
             self.yielded += 1
             yield batch

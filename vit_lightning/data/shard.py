@@ -19,16 +19,16 @@ from vit_lightning.keys import InputError, Invocation
 from vit_lightning.schemas import ShardConfig
 from vit_lightning.terminal import print_table, relative, with_bar
 
-SIDE = 224  # pixels, of pictures of differing sizes
-BATCH = 256  # images that are read at a time
+SIDE = 224  # side in pixels at which pictures of differing sizes are kept
+BATCH = 256  # number of images read at a time
 
 
 def shard(config: ShardConfig, run_dir: Path, invocation: Invocation | None = None) -> float:
-    """Write the training, validation and test images of a source to ``run_dir``, each as a litdata data set.
+    """Write the training, validation and test images of a source to ``run_dir``, one litdata data set each.
 
     The source is read and split as in training, through ``data.cache_dir``, which needs room for all images. Training
-    images are shuffled, so that a shard has images of all classes. Class names, mean and standard deviation are those
-    of the source.
+    images are shuffled, so that a shard has images of all classes. Class names, mean and standard deviation are the
+    source's.
 
     Returns:
         The number of images.
@@ -38,7 +38,7 @@ def shard(config: ShardConfig, run_dir: Path, invocation: Invocation | None = No
     """
     if any(run_dir.iterdir()):
         raise InputError(f"output={relative(run_dir)} is not empty; choose another directory, or empty it")
-    data = ImageData(replace(config.data, batch_size=1), SIDE)  # no batch is drawn, so any number of images will do
+    data = ImageData(replace(config.data, batch_size=1), SIDE)  # no batch is drawn, so any number of images is enough
     data.setup()
     assert data.arrays is not None
     digest, paths, rows = {}, {}, []
@@ -73,10 +73,10 @@ def shard(config: ShardConfig, run_dir: Path, invocation: Invocation | None = No
 
 
 def write_part(folder: Path, data: ImageData, split: str, positions: Tensor, shard_bytes: int) -> str:
-    """Write images and labels at some positions of a split, in this order.
+    """Write the images and labels at the given positions of a split, in this order.
 
     Returns:
-        A SHA-256 of the class names, the labels, the pixels and how they are divided into shards.
+        A SHA-256 of the class names, the labels, the pixels and their division into shards.
     """
     try:
         from litdata.streaming.item_loader import TokensLoader
@@ -97,6 +97,6 @@ def write_part(folder: Path, data: ImageData, split: str, positions: Tensor, sha
     every = torch.cat(labels).numpy()
     np.save(folder / "labels.npy", every)
     index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-    shards = [each["chunk_size"] for each in index["chunks"]]  # the order of an epoch depends on them
+    shards = [each["chunk_size"] for each in index["chunks"]]  # an epoch's order depends on these sizes
     about = json.dumps([data.class_names, every.tolist(), shards, pixels.hexdigest()])
     return hashlib.sha256(about.encode()).hexdigest()

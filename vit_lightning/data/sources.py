@@ -1,4 +1,4 @@
-"""The data sources. Each returns its images, or how to read them into the cache; your own are registered likewise."""
+"""The data sources. Each returns its images, or how to read them into the cache; register your own the same way."""
 
 import hashlib
 import inspect
@@ -33,10 +33,10 @@ def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
 
     Args:
         config: names the source and its directories.
-        image_size: side at which images of differing sizes are kept, in pixels, unless ``config.stored_size`` is set.
+        image_size: side in pixels at which images of differing sizes are kept, unless ``config.stored_size`` is set.
 
     Raises:
-        InputError: if the source is missing, cannot be downloaded, or contains what cannot be trained on.
+        InputError: if the source is missing, cannot be downloaded, or is unsuitable for training.
     """
     made = register.source.build(config.source, config.options, config, image_size)
     if isinstance(made, ImageArrays):
@@ -47,9 +47,9 @@ def load_arrays(config: DataConfig, image_size: int) -> ImageArrays:
 @register.source("cifar10")
 @register.source("cifar100")
 def cifar(config: DataConfig, image_size: int) -> Source:
-    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) by torchvision, which downloads, verifies and keeps the archive.
+    """CIFAR-10 or CIFAR-100 (Krizhevsky, 2009) from torchvision, which downloads, verifies and keeps the archive.
 
-    Its images come class by class and by their names, as from a folder of them, so that both give the same splits.
+    Images are sorted by class, then by name, as in a folder of them, so that both give the same splits.
     """
     name, root = config.source, Path(config.root).expanduser()
     kind: type[datasets.CIFAR10] = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
@@ -80,7 +80,7 @@ def cifar(config: DataConfig, image_size: int) -> Source:
 
 
 def _unpickle(path: Path, md5: str) -> Any:
-    """The content of a pickle, if its bytes are those that the checksum is of: others could run code."""
+    """Load a pickle after verifying its checksum, because any other pickle could run code."""
     content = path.read_bytes()
     if hashlib.md5(content, usedforsecurity=False).hexdigest() != md5:
         raise InputError(f"{path} was changed while it was read; delete it and start again")
@@ -89,9 +89,9 @@ def _unpickle(path: Path, md5: str) -> Any:
 
 @register.source("digits")
 def digits(config: DataConfig, image_size: int) -> Source:
-    """1,797 handwritten digits, 8 × 8, grayscale (Alpaydin and Kaynak, 1998), that scikit-learn includes.
+    """The 1,797 handwritten digits, 8 × 8, grayscale (Alpaydin and Kaynak, 1998), included in scikit-learn.
 
-    They have no test set of their own: a fifth of each class is one, drawn with a fixed seed.
+    They have no test set, so a fifth of each class, drawn with a fixed seed, serves as one.
     """
 
     def decode() -> ImageSet:
@@ -111,14 +111,14 @@ def digits(config: DataConfig, image_size: int) -> Source:
 
 @register.source("npz")
 def npz(config: DataConfig, image_size: int) -> ImageSet:
-    """Arrays of one ``.npz`` file, ``data.root``, named as in MedMNIST: ``train_images``, ``train_labels``, ``val_…``.
+    """Arrays of a ``.npz`` file, ``data.root``, named as in MedMNIST: ``train_images``, ``train_labels``, ``val_…``.
 
-    Or ``images`` and ``labels`` alone, of which validation and test images are held out. Images are uint8, (n, height,
+    With ``images`` and ``labels`` alone, validation and test images are held out of them. Images are uint8, (n, height,
     width) or (n, height, width, channels). ``class_names`` may name the classes.
     """
     path = Path(config.root).expanduser()
     try:
-        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:  # another file may be one array
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:  # rejects a file of a single array
             arrays = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"data.root={config.root} cannot be read as an .npz file ({error})") from error
@@ -141,19 +141,19 @@ def npz(config: DataConfig, image_size: int) -> ImageSet:
 
 
 def class_names(labels: dict[str, np.ndarray], names: Iterable[Any] | None) -> list[str]:
-    """The names of the classes, or else their numbers; the first where there are several of one."""
+    """The names of the classes, or else their numbers; of several names for one class, the first."""
     if names is not None:
         return [str(name[0] if isinstance(name, tuple) else name) for name in names]
     return [str(number) for number in range(1 + max(int(values.max()) for values in labels.values()))]
 
 
 def taken(argument: str, train: Any, val: Any = None, test: Any = None, **others: Any) -> dict[str, dict[str, Any]]:
-    """The arguments for each part of a data set of torchvision, of which one says which part it is."""
+    """The arguments for each part of a torchvision data set; ``argument`` is the one that selects the part."""
     values = {"train": train, "val": val, "test": test}
     return {part: {argument: value, **others} for part, value in values.items() if value is not None}
 
 
-TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # its classification data sets, and the arguments of each part
+TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # classification data sets, and each part's arguments
     name: parts
     for names, parts in (
         ("CIFAR10 CIFAR100 FashionMNIST KMNIST MNIST QMNIST USPS", taken("train", True, test=False)),
@@ -172,7 +172,7 @@ TORCHVISION: dict[str, dict[str, dict[str, Any]]] = {  # its classification data
 
 @register.source("torchvision")
 def of_torchvision(config: DataConfig, image_size: int) -> Source:
-    """A classification data set of torchvision by its class's name, as in ``data.name=Flowers102``; downloaded once."""
+    """A torchvision classification data set by the name of its class (``data.name=Flowers102``); downloaded once."""
     if config.name not in TORCHVISION:
         raise InputError(
             f"data.name={config.name} is not a classification data set of torchvision; choose one of "
@@ -194,7 +194,7 @@ def of_torchvision(config: DataConfig, image_size: int) -> Source:
 
 
 def torchvision_part(config: DataConfig, takes: dict[str, Any]) -> Any:
-    """Open a part of a data set of torchvision, and download it if torchvision can."""
+    """Open a part of a torchvision data set, and download it if torchvision can."""
     kind = getattr(datasets, config.name or "")
     known = inspect.signature(kind).parameters
     download = {"download": True} if {"download", "kwargs"} & known.keys() and kind is not datasets.ImageNet else {}
@@ -202,7 +202,7 @@ def torchvision_part(config: DataConfig, takes: dict[str, Any]) -> Any:
 
 
 def labels_of(data: Any) -> np.ndarray:
-    """The labels of a data set of torchvision, without decoding its images where it lists them."""
+    """The labels of a torchvision data set; its images are decoded only if it does not list the labels."""
     for name in ("targets", "_labels", "labels", "y"):
         labels = np.asarray(getattr(data, name, None))
         if labels.ndim == 1:
@@ -212,7 +212,7 @@ def labels_of(data: Any) -> np.ndarray:
 
 @register.source("huggingface")
 def of_huggingface(config: DataConfig, image_size: int) -> Source:
-    """A data set of the Hugging Face hub by its name, ``data.name=cifar100``, or a directory that it can read."""
+    """A data set of the Hugging Face Hub by its name (``data.name=cifar100``), or a directory of such a data set."""
     try:
         import datasets as hub
     except ImportError as error:
@@ -240,7 +240,7 @@ def of_huggingface(config: DataConfig, image_size: int) -> Source:
         }
         known = {
             part: values for part, values in labels.items() if (values >= 0).any()
-        }  # a test set's may be secret (-1)
+        }  # a test set's labels may be secret (-1)
         if not known:
             raise InputError(f"data.name={config.name} has no labels in its column {label}")
         images = {part: (sets[part], image) for part in known}
@@ -256,14 +256,14 @@ def pictures(
     image_size: int,
     names: list[Any] | None,
 ) -> ImageSet:
-    """Labels and Pillow images by part, at ``data.stored_size`` or else at the network's size.
+    """Convert labels and Pillow images, by part, at ``data.stored_size`` or else at the network's size.
 
     Args:
         labels: by part, (number of images,).
-        sets: by part, a data set and at which index or key its items have the image.
-        config: names the data set, and the size.
-        image_size: of the network.
-        names: of the classes; ``None`` for their numbers.
+        sets: by part, a data set and the index or key of the image in its items.
+        config: gives the name of the data set, and the size.
+        image_size: the network's image size.
+        names: names of the classes; ``None`` for their numbers.
     """
     side = config.stored_size or image_size
 

@@ -1,4 +1,4 @@
-"""Which images are trained, validated and tested on."""
+"""Which images are used for training, validation and testing."""
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from vit_lightning.keys import InputError
 def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
     """Choose the training, validation and test images.
 
-    The source's own validation images are used where it has some. Otherwise they are 70% of its test images
-    (``data.split=blog``) or are held out of its training images (``standard``), as are test images that it lacks. With
+    The source's own validation images are used if it has any. Otherwise they are 70% of its test images
+    (``data.split=blog``) or are held out of its training images (``standard``), as are missing test images. With
     validation images of its own, a source may lack test images; without training images it can only be evaluated.
 
     Returns:
@@ -22,7 +22,7 @@ def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
         that contains them.
 
     Raises:
-        InputError: if a split would be empty, or a class has too few images to be in each.
+        InputError: if a split would be empty, or a class has too few images to be in each split.
     """
     counts = {part: len(labels) for part, labels in arrays.labels.items()}
     own = {split: torch.arange(counts.get(split, 0)) for split in ("train", "val", "test")}
@@ -50,7 +50,7 @@ def split_indices(arrays: ImageArrays, config: DataConfig) -> dict[str, Tensor]:
 def hold_out(
     indices: np.ndarray, arrays: ImageArrays, size: float | int, config: DataConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Divide training images class by class into those that remain and a share (float) or number that is held out.
+    """Split training images, class by class, into the remaining ones and a share (float) or number that is held out.
 
     Raises:
         InputError: if a class has too few images.
@@ -59,7 +59,7 @@ def hold_out(
     try:
         rest, held = train_test_split(indices, test_size=size, random_state=config.split_seed, stratify=labels)
     except ValueError as error:
-        needed = 2 if "test" in arrays.labels else 3  # one for each split
+        needed = 2 if "test" in arrays.labels else 3  # one image for each split
         counts = np.bincount(arrays.labels["train"], minlength=len(arrays.class_names))
         rare = [f"{name} ({n})" for name, n in zip(arrays.class_names, counts, strict=True) if n < needed]
         few = f"{len(indices)} images are too few for {len(counts)} classes; choose a share nearer to 0.5"
@@ -71,7 +71,7 @@ def hold_out(
 
 
 def fold_of(indices: np.ndarray, arrays: ImageArrays, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Divide training images into those of the other folds of a stratified cross-validation and those of one fold.
+    """Return the training images of the other folds of a stratified cross-validation, and those of the chosen fold.
 
     Raises:
         InputError: if a class has fewer images than there are folds.

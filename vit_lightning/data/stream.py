@@ -1,9 +1,9 @@
-"""Images in shards, which are read as they are needed, so that a data set may exceed memory and a machine's disk.
+"""Images in shards that are read when needed, so that a data set may exceed a machine's memory and disk.
 
-A directory of shards is what ``python -m vit_lightning.shard`` writes: a litdata data set for each of ``train``,
-``val`` and ``test``, as far as there are such images, with ``labels.npy`` next to its shards; ``paths.json``; and
-``shards.json``, which is written last. It may be moved to an object store, from which shards are downloaded to
-``data.cache_dir`` when their first image is needed.
+A directory of shards is written by ``python -m vit_lightning.shard``: a litdata data set for each of ``train``,
+``val`` and ``test`` that has images, with ``labels.npy`` next to its shards; ``paths.json``; and ``shards.json``, which
+is written last. The directory may be moved to an object store, from which shards are downloaded to ``data.cache_dir``
+when their first image is needed.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ from vit_lightning.data.cache import ImageArrays
 from vit_lightning.keys import InputError, key
 
 ABOUT = "shards.json"
-DOWNLOADS = 8  # shards that a process downloads at the same time
+DOWNLOADS = 8  # maximum number of simultaneous downloads per process
 
 
 @register.source("stream", window=key(16, "Shards among which training images are shuffled.", low=1))
 def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
-    """Images of a directory of shards, local or in an object store (``s3://``, ``gs://``, ``azure://``, ``r2://``).
+    """Images in a directory of shards, local or in an object store (``s3://``, ``gs://``, ``azure://``, ``r2://``).
 
     Raises:
-        InputError: if it is not complete, or cannot be downloaded.
+        InputError: if the directory is incomplete or cannot be downloaded.
     """
     remote = config.root.rstrip("/") if "://" in config.root or config.root.startswith("local:") else None
     disk_bytes = None if config.cache_gb is None or remote is None else config.cache_gb * 1e9
@@ -66,22 +66,22 @@ def stream(config: DataConfig, network_size: int, window: int) -> ImageArrays:
 
 
 class ShardedImages:
-    """The images of a part, which are gathered from memory-mapped shards: ``images[indices]``, as from a tensor.
+    """The images of a part, gathered from memory-mapped shards: ``images[indices]``, as from a tensor.
 
     Args:
         folder: the litdata data set, or where it is downloaded to.
-        shape: of an image, (channels, height, width).
+        shape: shape of an image, (channels, height, width).
         window: number of shards among which images are shuffled, and that stay mapped.
         remote: where missing shards are downloaded from; ``None`` if all are in ``folder``.
-        disk_bytes: disk that the downloaded shards of all parts may take; ``None`` for no limit.
+        disk_bytes: maximum disk space of the downloaded shards of all parts; ``None`` for no limit.
 
     Raises:
-        InputError: if that is less than two windows.
+        InputError: if ``disk_bytes`` is less than two windows take.
         OSError: if a file is missing.
-        ValueError: if a file is not as it was written.
+        ValueError: if a file differs from what was written.
     """
 
-    device = torch.device("cpu")  # of the tensors that are gathered
+    device = torch.device("cpu")  # device of the gathered tensors
 
     def __init__(
         self, folder: Path, shape: Sequence[int], window: int, remote: str | None, disk_bytes: float | None
@@ -95,7 +95,7 @@ class ShardedImages:
         for each in [] if remote else self.shards:
             self._check_size(each)
         needed = sum(sorted((each["chunk_bytes"] for each in self.shards), reverse=True)[: 2 * window])
-        if disk_bytes is not None and disk_bytes < needed:  # each batch would download shards again
+        if disk_bytes is not None and disk_bytes < needed:  # every batch would download shards again
             raise InputError(
                 f"data.cache_gb={disk_bytes / 1e9:g} is less than two windows of shards take; use data.cache_gb="
                 f"{math.ceil(needed / 1e8) / 10} or more, or a smaller data.options.stream.window"
@@ -109,7 +109,7 @@ class ShardedImages:
         return self.shape[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_mapped": OrderedDict()}  # an array that is mapped would be pickled whole
+        return {**self.__dict__, "_mapped": OrderedDict()}  # mapped arrays would be pickled in full
 
     def __getitem__(self, indices: Tensor | int) -> Tensor:
         """Gather images.
@@ -118,7 +118,7 @@ class ShardedImages:
             indices: int64, of any shape.
 
         Returns:
-            uint8 of the shape of ``indices`` and (channels, height, width).
+            uint8, of the shape of ``indices`` followed by (channels, height, width).
 
         Raises:
             InputError: if a shard cannot be read or downloaded.
@@ -146,17 +146,17 @@ class ShardedImages:
         return torch.from_numpy(images.reshape(*wanted.shape, *self.shape[1:]))
 
     def shuffled(self, indices: Tensor, generator: torch.Generator) -> Tensor:
-        """The order of an epoch, as :func:`shuffle_by_shard` makes it."""
+        """Order an epoch with :func:`shuffle_by_shard`."""
         return shuffle_by_shard(indices, self.starts, self.window, generator)
 
     def _map(self, number: int) -> np.ndarray:
-        """The images of a shard, memory-mapped: those of the last ``window`` shards stay so."""
+        """Memory-map the images of a shard; the last ``window`` shards stay mapped."""
         if number not in self._mapped:
             count = self.shards[number]["chunk_size"]
-            header = 4 * (count + 2)  # litdata writes the number of images, and where each begins and the last ends
+            header = 4 * (count + 2)  # litdata's: the number of images, where each begins and the last ends
             path = self.folder / self.shards[number]["filename"]
             if self.remote:
-                self._download(number)  # it was deleted if a batch needs more shards than are kept
+                self._download(number)  # it may have been deleted, if a batch needs more shards than are kept
             self._mapped[number] = np.asarray(np.memmap(path, np.uint8, "r", header, (count, *self.shape[1:])))
         self._mapped.move_to_end(number)
         while len(self._mapped) > self.window:
@@ -164,7 +164,7 @@ class ShardedImages:
         return self._mapped[number]
 
     def _check_size(self, shard: dict[str, Any]) -> None:
-        """Check that a shard is there in full."""
+        """Check that a shard is complete."""
         path = self.folder / shard["filename"]
         if path.stat().st_size != shard["chunk_bytes"]:
             raise ValueError(f"{path} has {path.stat().st_size:,} of {shard['chunk_bytes']:,} bytes")
@@ -172,19 +172,19 @@ class ShardedImages:
     def _download(self, number: int) -> None:
         """Download a shard if it is missing, and mark it as being in use."""
         path = self.folder / self.shards[number]["filename"]
-        with FileLock(path.with_suffix(".fetch")):  # of several processes, one downloads
+        with FileLock(path.with_suffix(".fetch")):  # only one process downloads it
             if not path.exists():
                 download(f"{self.remote}/{path.name}", path)
                 self._check_size(self.shards[number])
             path.touch()
 
     def _free_disk(self) -> None:
-        """Delete the shards that were opened longest ago, while all take more than ``disk_bytes``."""
+        """Delete the least recently opened shards until the rest take at most ``disk_bytes``."""
         if self.disk_bytes is None:
             return
         found = []
         for path in self.folder.parent.glob("*/*.bin"):
-            with contextlib.suppress(FileNotFoundError):  # another process deletes as well
+            with contextlib.suppress(FileNotFoundError):  # another process may have deleted it
                 found.append((path.stat().st_mtime_ns, path.stat().st_size, path))
         excess = sum(size for _, size, _ in found) - self.disk_bytes
         for _, size, path in sorted(found):
@@ -197,17 +197,17 @@ class ShardedImages:
 def shuffle_by_shard(indices: Tensor, starts: np.ndarray, window: int, generator: torch.Generator) -> Tensor:
     """Shuffle an epoch so that few shards are read at a time.
 
-    Shards are divided at random into windows of up to ``window``, and the images of a window are shuffled among each
-    other. With as many shards as a window has, or fewer, the order is as random as without shards.
+    Shards are divided at random into windows of up to ``window`` shards, and the images of each window are shuffled.
+    If all shards fit in one window, the order is as random as without shards.
 
     Args:
         indices: (number of images,).
-        starts: (number of shards + 1,), the first index of each shard, and the number of all images.
-        window: largest number of shards in a window.
-        generator: of the random numbers.
+        starts: (number of shards + 1,), the first index of each shard, and the total number of images.
+        window: maximum number of shards in a window.
+        generator: the random number generator.
 
     Returns:
-        ``indices`` in their order.
+        ``indices`` in the new order.
     """
     shards = len(starts) - 1
     shard_of = torch.from_numpy(np.searchsorted(starts, indices.numpy(), side="right") - 1)
@@ -217,13 +217,13 @@ def shuffle_by_shard(indices: Tensor, starts: np.ndarray, window: int, generator
 
 
 def local_copy(remote: str, cache_dir: str) -> Path:
-    """Download what describes the shards of an object store; the shards follow when they are needed.
+    """Download the files that describe an object store's shards; the shards follow when they are needed.
 
     Returns:
-        The directory of this content of ``remote``, below ``cache_dir``.
+        The directory below ``cache_dir`` for the current content of ``remote``.
 
     Raises:
-        InputError: if it cannot be downloaded or written.
+        InputError: if a file cannot be downloaded or written.
     """
     cache = Path(cache_dir).expanduser()
     try:
@@ -247,15 +247,15 @@ def local_copy(remote: str, cache_dir: str) -> Path:
 
 
 def download(remote: str, path: Path) -> None:
-    """Download a file by litdata, unless it is there already.
+    """Download a file with litdata, unless it already exists.
 
     Raises:
-        InputError: if it cannot be downloaded, or litdata is not installed.
+        InputError: if the file cannot be downloaded, or litdata is not installed.
     """
     try:
         downloader(remote.rpartition("/")[0], os.getpid()).download_file(remote, str(path))
-        path.stat()  # litdata leaves a file out if it cannot be locked
-    except Exception as error:  # each store has its own
+        path.stat()  # litdata silently skips a file that it cannot lock
+    except Exception as error:  # each store raises its own types
         if isinstance(error, ImportError) and (error.name or "").startswith("litdata"):
             raise InputError(f"data.root={remote} needs litdata: pip install litdata") from error
         [reason, *_] = str(error).splitlines() or [""]

@@ -25,7 +25,7 @@ SUPERCLASSES = {
 
 
 def superclass_indices(class_names: list[str]) -> list[int] | None:
-    """The superclass of each class, as an index into ``SUPERCLASSES``; ``None`` unless they are CIFAR-100's classes."""
+    """Each class's superclass, as an index into ``SUPERCLASSES``; ``None`` unless these are CIFAR-100's classes."""
     of_class = {name: index for index, names in enumerate(SUPERCLASSES.values()) for name in names}
     if set(class_names) != of_class.keys():
         return None

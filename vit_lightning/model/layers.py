@@ -1,8 +1,8 @@
 """Layers that are independent of the block: dropout, scales, positions, pooling and the head.
 
-Axes as in :mod:`vit_lightning.model.vit`. A pool is built from D; its attribute ``class_token`` (default: False) says
-whether it receives the class token instead of the patches, and ``final_norm`` (default: True) whether the network's
-final norm comes before it.
+Axes as in :mod:`vit_lightning.model.vit`. A pool is constructed with D; its attribute ``class_token`` (default: False)
+says whether it receives the class token instead of the patches, and ``final_norm`` (default: True) whether the
+network's final norm precedes it.
 """
 
 from collections.abc import Sequence
@@ -18,15 +18,15 @@ class Dropout(nn.Dropout):
     """:class:`torch.nn.Dropout` with a mask that is cheap to draw on a CPU.
 
     PyTorch draws one random number per element, sequentially. Here every 64-bit word from the same generator yields
-    four 16-bit mask values, so that ``p`` is rounded to a multiple of 2⁻¹⁶; kept elements are scaled by the rounded
-    probability. Other devices and compiled networks use PyTorch's own implementation.
+    four 16-bit mask values, so ``p`` is rounded to a multiple of 2⁻¹⁶; kept elements are scaled according to the
+    rounded probability. Other devices and compiled networks use PyTorch's own implementation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         native = x.device.type != "cpu" or torch.compiler.is_compiling()
         if not self.training or self.p == 0 or native:
             return super().forward(x)
-        dropped = min(round(self.p * 2**16), 2**16 - 1)  # of 2¹⁶ equally likely values
+        dropped = min(round(self.p * 2**16), 2**16 - 1)  # number of dropped values among 2¹⁶ equally likely ones
         words = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= dropped - 2**15
         return x * keep.to(x.dtype).mul_(2**16 / (2**16 - dropped))
@@ -58,7 +58,7 @@ def rotary_angles(side: int, head_dim: int, first: int, last: int) -> Tensor:
         last: number of tokens after the patches, likewise.
 
     Returns:
-        (2, N, K).
+        The cosines and sines, (2, N, K).
     """
     frequencies = 100 ** -(torch.arange(head_dim // 4) / (head_dim // 4))  # (K / 4,)
     rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
@@ -89,7 +89,7 @@ def resize_positions(positions: Tensor, side: int, first: int) -> Tensor:
     n = round(grid.shape[1] ** 0.5)
     if n == side:
         return positions
-    # The gradient of bicubic resizing is not deterministic on GPUs, that of a product with its matrix is.
+    # The gradient of bicubic resizing is not deterministic on GPUs, but that of a product with its matrix is.
     basis = torch.eye(n**2, device=grid.device).view(n**2, 1, n, n)
     matrix = F.interpolate(basis, size=(side, side), mode="bicubic", antialias=True, align_corners=False)
     return torch.cat([kept, matrix.view(n**2, side**2).T.to(grid.dtype) @ grid], dim=1)
@@ -150,7 +150,7 @@ class AttentionPool(nn.Module):
 
 
 def mlp_head(dim: int, units: Sequence[int], num_classes: int, dropout: float) -> nn.Sequential:
-    """Return a linear layer, GELU and dropout for each of ``units``, followed by a linear layer to the logits."""
+    """Return a linear layer, GELU and dropout for each element of ``units``, and a final linear layer to the logits."""
     layers: list[nn.Module] = []
     for width in units:
         layers += [nn.Linear(dim, width), nn.GELU(), Dropout(dropout)]

@@ -1,4 +1,4 @@
-"""Patch embeddings: from images (B, C, S, S) to tokens (B, (S / P)², D). Each is built from the configuration.
+"""Patch embeddings: images (B, C, S, S) to tokens (B, (S / P)², D). Each is constructed with the configuration.
 
 Axes as in :mod:`vit_lightning.model.vit`; h and w are the height and width of a feature map.
 """
@@ -68,8 +68,8 @@ class ConvStem(nn.Sequential):
 
     A stage is a 3 × 3 convolution, max-pooling, batch norm and GELU, and in all but the last stage
     ``config.stem_depth`` residual convolutions. The width doubles from stage to stage, up to D. After Hassani et al.,
-    2021 (https://arxiv.org/abs/2104.05704, section 3.3), which has no norm; pooling comes before the norm and the
-    activation, at a quarter of their cost.
+    2021 (https://arxiv.org/abs/2104.05704, section 3.3), without norms; pooling first reduces the cost of the norm and
+    the activation to a quarter.
     """
 
     def __init__(self, config: ModelConfig) -> None:

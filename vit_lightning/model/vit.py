@@ -35,7 +35,7 @@ from vit_lightning.model.layers import (
 class Attention(nn.Module):
     """Multi-head self-attention without a mask (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762, section 3.2.2).
 
-    Computes the same as :class:`torch.nn.MultiheadAttention`, with the same initialisation.
+    Equivalent to :class:`torch.nn.MultiheadAttention`, with the same initialisation.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -67,7 +67,7 @@ class Attention(nn.Module):
         if rotation is not None:
             q, k = rotate(q, rotation[:, : q.shape[2]]), rotate(k, rotation)
         if x.device.type == "cpu" and q.dtype == torch.bfloat16:
-            # On CPUs the gradient of the fused kernel is several times slower than this in bfloat16.
+            # On CPUs in bfloat16, the gradient of the fused kernel is several times slower than this.
             weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(dim=-1)  # (B, H, Q, N)
             x = weights.to(v.dtype) @ v
         else:
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         return self.proj(x.transpose(1, 2).flatten(2))
 
     def weights(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """Return the attention of each token of x (B, N, D) to each token: (B, H, N, N)."""
+        """Return the attention weights (B, H, N, N) from each token of x (B, N, D) to each token."""
         q, k, _ = self._split(self.qkv(x))
         if rotation is not None:
             q, k = rotate(q, rotation), rotate(k, rotation)
@@ -153,7 +153,7 @@ class ViT(nn.Module):
     By default the head reads a class token in front of the patches; ``config.pool`` selects an average of the patches
     instead. Register tokens (Darcet et al., 2024, https://arxiv.org/abs/2309.16588) follow the patches.
 
-    A registered block is built from the configuration and its drop-path rate, and maps tokens (B, N, D) to (B, N, D).
+    A registered block is constructed with the configuration and its drop-path rate; it maps (B, N, D) to (B, N, D).
     Its ``forward`` may also take ``rotation``, for rotary positions, and ``queries``, the number of leading tokens
     whose output is needed; its attribute ``final_norm`` (default: True) says whether a norm follows the last block.
 
@@ -172,7 +172,7 @@ class ViT(nn.Module):
         self.patch_size = config.patch_size
         self.channels = config.channels
         D = config.embed_dim
-        self.side = config.image_size // config.patch_size  # patches along a side of the image
+        self.side = config.image_size // config.patch_size  # number of patches along a side of the image
         self.patch_embed = register.patch_embed.build(config.patch_embed, config.options, config)
         self.first = int(getattr(register.pool[config.pool], "class_token", False))  # tokens before the patches
         self.cls_token = learned_tokens(self.first, D)
@@ -194,7 +194,7 @@ class ViT(nn.Module):
         self.register_load_state_dict_pre_hook(upgrade_state)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute the logits (B, num_classes) of normalised images, as :meth:`forward_features` takes them."""
+        """Compute the logits (B, num_classes) of normalised images; sizes as for :meth:`forward_features`."""
         return self.head(self.pool(self.forward_features(images)))
 
     def forward_features(self, images: Tensor) -> Tensor:
@@ -220,21 +220,21 @@ class ViT(nn.Module):
         more: dict[str, Any] = {"rotation": rotation} if self.rotary is not None else {}
         for block in self.blocks[:-1]:
             x = block(x, **more)  # (B, N, D)
-        # The last block computes only the tokens that are pooled, if it can: the class token, or else the patches.
+        # If it can, the last block computes only the tokens that are pooled: the class token, or else the patches.
         pooled = self.first or side**2
         if "queries" in self.takes and pooled < x.shape[1]:
             more["queries"] = pooled
         return self.norm(self.blocks[-1](x, **more)[:, :pooled])  # (B, pooled, D)
 
     def muon_matrices(self) -> list[Tensor]:
-        """Return the weights that Muon is for: of the stem's 3 × 3 convolutions and the blocks' linear layers."""
+        """Return the weights to train with Muon: the stem's 3 × 3 convolutions and the blocks' linear layers."""
         convolutions = [m for m in self.patch_embed.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
         linear = [m for m in self.blocks.modules() if isinstance(m, nn.Linear)]
         return [*(m.weight for m in convolutions), *(m.weight for m in linear)]
 
 
 def upgrade_state(net: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Convert a state of earlier versions: ``pool`` was ``attention_pool``, convolutions were (out, in · 9)."""
+    """Convert a state dict of earlier versions: ``pool`` was ``attention_pool``, convolutions were (out, in · 9)."""
     ndim = {name: parameter.ndim for name, parameter in net.named_parameters(prefix.removesuffix("."))}
     for old in [name for name in state_dict if name.startswith(prefix)]:
         name = old.replace(f"{prefix}attention_pool.", f"{prefix}pool.")

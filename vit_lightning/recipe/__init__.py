@@ -1,1 +1,1 @@
-"""How a network is trained: transforms, optimizer, LightningModule, weights to start from."""
+"""How a network is trained: transforms, optimizer, LightningModule, initial weights."""

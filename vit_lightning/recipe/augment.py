@@ -1,4 +1,4 @@
-"""Transforms of whole batches of uint8 images, on the device they are on, with independent parameters per image.
+"""Transforms of whole batches of uint8 images, on the images' device, with independent parameters per image.
 
 Resizing, random resized crop, rotation, flip and shift are one affine sampling of the source images, with the
 normalisation folded in. A transform that is switched off costs nothing.
@@ -35,7 +35,7 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
     """Crop, apply a policy, resize, randomly crop, rotate, flip and shift, scale to [0, 1], normalise and erase.
 
     Areas that a rotation or a shift moves in from outside the image are black, as in torchvision's ``RandomRotation``;
-    those from outside a random resized crop show the image around it. Sampling is bilinear. The random numbers come
+    areas from outside a random resized crop show the image around it. Sampling is bilinear. The random numbers come
     from torch's CPU generator.
 
     Args:
@@ -56,9 +56,9 @@ def train_transform(images: Tensor, size: int, mean: Tensor, std: Tensor, config
         images = apply_policy(images, config)
     if config.jitter:
         images = colour_jitter(images, 1 + config.jitter * (2 * torch.rand(3, len(images)) - 1))
-    # Only divided here, so that black is still zero, which the area outside becomes; the mean is subtracted last.
+    # Only division for now, so that black stays zero like the area outside; the mean is subtracted last.
     x = images / (255 * _per_channel(std))
-    if side > size and config.scale == 1:  # sampling cannot average over the source pixels that a target pixel covers
+    if side > size and config.scale == 1:  # sampling cannot average the source pixels of a target pixel
         x = resize(x, size)
     if config.rotation or config.shift or config.scale < 1 or x.shape[-2:] != (size, size):
         x = sample(x, random_affine(len(images), config), size)
@@ -95,13 +95,13 @@ def mix(images: Tensor, labels: Tensor, classes: int, config: AugmentConfig) -> 
     cut = torch.full((B,), config.cutmix > 0)
     if config.cutmix and config.mixup:
         cut = torch.rand(B) < 0.5
-    share = torch.where(cut, _beta(config.cutmix, B), _beta(config.mixup, B))  # of the other image
+    share = torch.where(cut, _beta(config.cutmix, B), _beta(config.mixup, B))  # the share of the other image
     share = share * (torch.rand(B) < config.mix_prob)
     box = random_boxes(share * cut, torch.ones(B), images.shape[-1])
-    share = torch.where(cut, box.float().mean(dim=(1, 2, 3)), share).to(device)  # the part of a box inside the image
+    share = torch.where(cut, box.float().mean(dim=(1, 2, 3)), share).to(device)  # the box may be clipped
     weight = torch.where(cut.to(device).view(-1, 1, 1, 1), box.to(device).float(), share.view(-1, 1, 1, 1))
     targets = F.one_hot(labels, classes).float()
-    # Training batches are already in random order, so that an image's neighbour is a random other image.
+    # Training batches are already in random order, so an image's neighbour is a random other image.
     return torch.lerp(images, images.roll(1, dims=0), weight), torch.lerp(
         targets, targets.roll(1, dims=0), share.view(-1, 1)
     )
@@ -132,7 +132,7 @@ def colour_jitter(images: Tensor, factors: Tensor) -> Tensor:
 
     Args:
         images: (B, C, h, w), uint8.
-        factors: (3, B): 0 gives a black, a flat gray and a gray image, 1 the original.
+        factors: (3, B): 0 gives a black, a uniformly gray and a grayscale image, respectively; 1 gives the original.
 
     Returns:
         (B, C, h, w), uint8, as torchvision's ``adjust_brightness``, ``adjust_contrast`` and ``adjust_saturation`` in
@@ -165,7 +165,7 @@ def random_boxes(area: Tensor, ratio: Tensor, size: int) -> Tensor:
     Returns:
         (B, 1, S, S), bool, true inside.
     """
-    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]) * size / 2  # (2, B): of height and width
+    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]) * size / 2  # (2, B): half of height and width
     centre = torch.rand(2, len(area)) * size
     pixel = torch.arange(size) + 0.5
     rows, columns = ((pixel - centre[..., None]).abs() < half[..., None]).unbind()  # (B, S) each
@@ -190,27 +190,27 @@ def random_affine(batch: int, config: AugmentConfig) -> Tensor:
     if config.scale < 1:
         sides = random_sides(batch, config)
         theta *= sides[:, :, None]
-        theta[:, :, 2] += (2 * torch.rand(batch, 2) - 1) * (1 - sides)  # the place of the crop's centre
+        theta[:, :, 2] += (2 * torch.rand(batch, 2) - 1) * (1 - sides)  # the position of the crop's centre
     return theta
 
 
 def random_sides(batch: int, config: AugmentConfig) -> Tensor:
     """Draw the width and height of crops as torchvision's ``RandomResizedCrop`` does, but not in whole pixels.
 
-    The area is uniform, the ratio log-uniform; what does not fit into the image is drawn again. Szegedy et al., 2015,
-    https://arxiv.org/abs/1409.4842, section 6.
+    The area is uniform, the ratio log-uniform; crops that do not fit into the image are drawn again. See Szegedy et
+    al., 2015, https://arxiv.org/abs/1409.4842, section 6.
 
     Args:
         batch: B, the number of images.
         config: ``scale`` and ``ratio``.
 
     Returns:
-        (B, 2), in (0, 1]: as a share of the image's.
+        (B, 2), in (0, 1]: shares of the image's width and height.
     """
     area = torch.empty(10, batch).uniform_(config.scale, 1)
     ratio = torch.empty(10, batch).uniform_(-math.log(config.ratio), math.log(config.ratio)).exp()
     sides = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()], dim=-1)  # (10, B, 2)
-    sides = torch.cat([sides, torch.ones(1, batch, 2)])  # the whole image where none of ten fits
+    sides = torch.cat([sides, torch.ones(1, batch, 2)])  # the whole image if none of ten crops fits
     first = (sides <= 1).all(dim=-1).int().argmax(dim=0)  # (B,)
     return sides[first, torch.arange(batch)]
 
@@ -226,10 +226,10 @@ def sample(images: Tensor, theta: Tensor, size: int) -> Tensor:
     Returns:
         (B, C, S, S), float.
     """
-    # A source that is larger than the target, which only random crops sample from, is sampled at K × K points of each
-    # target pixel, which are averaged as an antialiased resize does. Even in a crop of the whole image the points are
-    # at most 5/4 source pixels apart, so that bilinear sampling, which reaches one pixel either way, misses none.
-    # Resizing the source first would take away the pixels that small crops consist of.
+    # A source larger than the target, which occurs only with random crops, is sampled at K × K points per target pixel,
+    # whose average acts like an antialiased resize. Even in a crop of the whole image the points are at most 5/4 source
+    # pixels apart, so bilinear sampling, which reaches one pixel either way, misses none. Resizing the source first
+    # would discard the pixels that small crops consist of.
     K = max(1, math.ceil(images.shape[-1] / size - 1 / 4))
     grid = sampling_grid(theta.to(images.device), size * K)  # (B, 2, KS, KS)
     inside = grid.abs().amax(dim=1, keepdim=True) <= 1  # (B, 1, KS, KS)
@@ -248,7 +248,7 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     Returns:
         (B, 2, S, S): x and y, in [-1, 1] inside the image.
     """
-    centre = (torch.arange(size, device=theta.device) + 0.5) * (2 / size) - 1  # (S,), of each pixel
+    centre = (torch.arange(size, device=theta.device) + 0.5) * (2 / size) - 1  # (S,), the centre of each pixel
     by_column = theta[:, :, :1] * centre  # (B, 2, S)
     by_row = theta[:, :, 1:2] * centre + theta[:, :, 2:]
     return by_column[:, :, None, :] + by_row[:, :, :, None]

@@ -43,7 +43,7 @@ class ViTClassifier(L.LightningModule):
         augment: fields of :class:`~vit_lightning.config.AugmentConfig`; ``None`` for no augmentation.
         seed: seed of the random numbers of the training steps.
         metrics: names of registered metrics besides the loss, top-1 and top-5.
-        imports: the modules that register parts of it, to name them where the checkpoint is opened without them.
+        imports: modules that register its parts, to be named in the error if the checkpoint is opened without them.
         class_weights: weights of the classes in the training loss, in the order of the logits; ``None`` for equal ones.
 
     Attributes:
@@ -86,7 +86,7 @@ class ViTClassifier(L.LightningModule):
                 "give it a fourth argument, weight"
             )
         side = self.net.image_size
-        # The model summary computes sizes and FLOPs from it.
+        # The model summary computes sizes and FLOPs from this input.
         self.example_input_array = torch.zeros(1, self.net.channels, side, side, dtype=torch.uint8)
         measured = build_metrics(len(class_names), list(metrics))
         self.train_metrics = measured.clone(prefix="train/")
@@ -98,7 +98,7 @@ class ViTClassifier(L.LightningModule):
         """Compute the logits of stored images.
 
         Args:
-            images: (B, C, h, w), uint8, of any height and width, on any device; the central square is used.
+            images: (B, C, h, w), uint8, of any height and width, on any device; only the central square is used.
 
         Returns:
             (B, num_classes), on the classifier's device.
@@ -111,7 +111,7 @@ class ViTClassifier(L.LightningModule):
             return eval_transform(images.to(self.device), self.net.image_size, *self.statistics()).to(self.dtype)
 
     def statistics(self) -> tuple[Tensor, Tensor]:
-        """The mean and standard deviation (C,) that images are normalised with, float32 also if the weights are not."""
+        """Mean and standard deviation (C,) used for normalisation, float32 even if the weights are not."""
         if self.mean.dtype == torch.float32:
             return self.mean, self.std
         mean, std = (torch.tensor(self.hparams[name], device=self.device) for name in ("mean", "std"))
@@ -122,8 +122,8 @@ class ViTClassifier(L.LightningModule):
         """Compute the class probabilities of stored images.
 
         Args:
-            images: (B, C, h, w), uint8, as :meth:`forward` takes them.
-            tta: whether the probabilities of an image and its mirror image are averaged.
+            images: (B, C, h, w), uint8, as for :meth:`forward`.
+            tta: whether to average the probabilities of an image and its mirror image.
 
         Returns:
             (B, num_classes), float32, on the classifier's device.
@@ -148,9 +148,9 @@ class ViTClassifier(L.LightningModule):
             labels: (B,), int64.
 
         Returns:
-            The network's input (B, C, S, S), float32, where S is ``optim.small_size`` in the first
-            ``optim.small_share`` of the run if it is set; and the labels, or if images are mixed the class
-            probabilities (B, num_classes).
+            The network's input (B, C, S, S), float32, where S is ``optim.small_size``, if set, in the first
+            ``optim.small_share`` of the run; and the labels, or the class probabilities (B, num_classes) if images are
+            mixed.
         """
         use = f"step {self.global_rank}" if self.global_rank else "step"
         # With accumulated gradients, several batches share a step.
@@ -160,7 +160,7 @@ class ViTClassifier(L.LightningModule):
         config, optim = self.augment, self.optim
         if config.until < 1 and self.progress() >= config.until:
             config = replace(config, policy="none", jitter=0.0, erase=0.0, mixup=0.0, cutmix=0.0)
-        with torch.autocast(images.device.type, enabled=False), float32():  # coordinates need it
+        with torch.autocast(images.device.type, enabled=False), float32():  # coordinates need float32
             x = train_transform(images, self.net.image_size, *self.statistics(), config)
             for name in config.batch:
                 x = register.augmentation.build(name, config.options, x)
@@ -211,7 +211,7 @@ class ViTClassifier(L.LightningModule):
             )
 
     def on_validation_epoch_start(self) -> None:
-        """Validate the first process's network in all processes: batch norms have different statistics in each."""
+        """Copy the first process's buffers to all processes, whose batch norms have different statistics."""
         if self.trainer.world_size > 1:
             for buffer in self.net.buffers():
                 dist.broadcast(buffer, 0)
@@ -255,7 +255,7 @@ class ViTClassifier(L.LightningModule):
         return timer.time_elapsed() / (timer.time_elapsed() + left)
 
     def configure_model(self) -> None:
-        """With ``trainer.strategy=fsdp``, shard every block, and the rest of the network, over the processes."""
+        """With ``trainer.strategy=fsdp``, shard every block, and the rest of the network, across the processes."""
         if self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy):
             mesh = self.device_mesh["data_parallel"] if self.device_mesh is not None else None
             for block in self.net.blocks:

@@ -1,8 +1,8 @@
 """Vision Transformers of timm and Hugging Face as networks of this project, and the way back to timm.
 
 ``checkpoint=timm:NAME`` and ``hf:NAME`` are downloaded from the Hugging Face Hub; ``timm:NAME:FILE`` (weights of the
-architecture NAME), ``timm:DIR`` and ``hf:DIR`` are read from the disk. ViT, DeiT, DINO and DINOv2, with and without
-registers, can be represented; that a network computes the same here as there is checked on a random image.
+architecture NAME), ``timm:DIR`` and ``hf:DIR`` are read from disk. ViT, DeiT, DINO and DINOv2, with and without
+registers, can be converted; a random image is used to check that the converted network gives the same output.
 """
 
 import functools
@@ -23,13 +23,13 @@ from vit_lightning.keys import InputError
 from vit_lightning.model.vit import ViT
 
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and standard deviation
-TOLERANCE = 1e-4  # greatest difference from the library's output, relative to its largest value if that exceeds 1
+TOLERANCE = 1e-4  # largest difference from the library's output, relative to its largest value if that exceeds 1
 
-TIMM = (  # what a part is called in timm, and what here
+TIMM = (  # names of parts in timm, and here
     *(("patch_embed.proj.", "patch_embed."), ("mlp.fc1.", "mlp.0."), ("mlp.fc2.", "mlp.3."), ("ls", "scale")),
     *(("fc_norm.", "pool.norm."), ("head.", "head.0.")),
 )
-HF = (  # patterns of the names in transformers, and what timm calls them
+HF = (  # patterns of names in transformers, and the names in timm
     (r"^(vit\.)?(embeddings\.)?", ""),
     (r"^patch_embeddings\.projection\.", "patch_embed.proj."),
     (r"^position_embeddings$", "pos_embed"),
@@ -46,18 +46,18 @@ HF = (  # patterns of the names in transformers, and what timm calls them
 
 @dataclass(frozen=True, slots=True)
 class ForeignWeights:
-    """A network of another library."""
+    """A network of another library, converted to this project's form."""
 
-    model: ModelConfig  # of the same network here, with one class if it has no head
-    state: dict[str, Tensor]  # under the names of ViT, without a head if it has none
-    class_names: list[str]  # numbers if the classes have no names; empty if it has no head
-    mean: list[float]  # of each channel, for normalising images in [0, 1]
+    model: ModelConfig  # configuration of the same network here, with one class if it has no head
+    state: dict[str, Tensor]  # with ViT's names; without a head if the network has none
+    class_names: list[str]  # numbers if the classes have no names; empty if there is no head
+    mean: list[float]  # mean of each channel, for normalising images in [0, 1]
     std: list[float]
 
 
-@functools.lru_cache(maxsize=1)  # a run asks for the shape first, and for the weights once its data is open
+@functools.lru_cache(maxsize=1)  # a run needs the shape first, and the weights once its data is open
 def read_foreign(checkpoint: str) -> ForeignWeights:
-    """Read ``timm:…`` or ``hf:…``.
+    """Read the network named ``timm:…`` or ``hf:…``.
 
     Raises:
         InputError: if the library is missing, has no such network or cannot download it, a file does not fit, or the
@@ -124,7 +124,7 @@ def from_timm(model: Any) -> ForeignWeights:
 
 
 def read_hf(name: str) -> ForeignWeights:
-    """Read a model of the hub, or a directory, with transformers."""
+    """Read a model from the Hub, or a directory, with transformers."""
     import transformers
 
     place = str(path) if (path := Path(name).expanduser()).is_dir() else name
@@ -134,7 +134,7 @@ def read_hf(name: str) -> ForeignWeights:
     kind = config.model_type
     if kind not in ("vit", "dinov2", "dinov2_with_registers"):
         raise InputError(f"transformers' {kind} has no equivalent in this project")
-    # A classifier of DINOv2 reads the class token next to the patches' mean: what is below its head is taken.
+    # The head of a DINOv2 classifier reads the class token and the patches' mean, so only the network below it is used.
     headed = kind == "vit" and "ForImageClassification" in str(config.architectures)
     auto = transformers.AutoModelForImageClassification if headed else transformers.AutoModel
     more = {"add_pooling_layer": False} if kind == "vit" and not headed else {}
@@ -143,15 +143,15 @@ def read_hf(name: str) -> ForeignWeights:
         raise InputError(f"its weights lack {min(report['missing_keys'])}")
     try:
         about, _ = transformers.ImageProcessingMixin.get_image_processor_dict(place)
-    except OSError:  # it has none
+    except OSError:  # it has no image processor
         about = {}
     return from_hf(model, about.get("image_mean"), about.get("image_std"))
 
 
 def from_hf(model: Any, mean: list[float] | None = None, std: list[float] | None = None) -> ForeignWeights:
-    """Convert a ViT, with or without a head, or a DINOv2 of transformers.
+    """Convert a ViT, with or without a head, or a DINOv2 from transformers.
 
-    Without the mean and standard deviation of its image processor, they are 0.5 for ViT and ImageNet's for DINOv2.
+    The mean and standard deviation of the images default to 0.5 for ViT and to ImageNet's for DINOv2.
 
     Raises:
         InputError: if it has no equivalent here.
@@ -174,10 +174,10 @@ def from_hf(model: Any, mean: list[float] | None = None, std: list[float] | None
 def convert(
     theirs: Mapping[str, Tensor], heads: int, eps: float, pool: str, positioned: int
 ) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Convert a state dict with timm's names to a network here: its configuration and its weights.
+    """Convert a state dict with timm's names to a configuration and weights of this project.
 
-    Registers precede the patches there and follow them here, which attention does not notice. A class token that is not
-    pooled is a register. The positions of these tokens, of which the first ``positioned`` have one, are added to them.
+    Registers precede the patches in timm and follow them here, which does not affect attention. A class token that is
+    not pooled becomes a register. The positions of the first ``positioned`` of these tokens are added to them.
 
     Raises:
         InputError: if the network has no square patches, or no learned position for each patch of a square image.
@@ -192,7 +192,7 @@ def convert(
     if not side or side**2 + positioned != positions.shape[1]:
         raise InputError("it has no learned positions of a square image")
     prefix = [state.pop(name) for name in ("cls_token", "reg_token") if name in state]
-    tokens = torch.cat([positions[:, :0], *prefix], dim=1)  # (1, tokens before the patches, D)
+    tokens = torch.cat([positions[:, :0], *prefix], dim=1)  # (1, number of tokens before the patches, D)
     tokens[:, :positioned] += positions[:, :positioned]
     first = int(pool == "cls")
     own = {"cls_token": tokens[:, :first], "registers": tokens[:, first:]}
@@ -209,7 +209,7 @@ def convert(
 
 
 def rename(state: Mapping[str, Tensor], names: tuple[tuple[str, str], ...]) -> dict[str, Tensor]:
-    """Rename the parts of a network: of each pair the first, at the start of a name or after a dot, to the second."""
+    """Rename parts of a network: the first of each pair, at the start of a name or after a dot, becomes the second."""
     result = {}
     for name, value in state.items():
         old, new = next((pair for pair in names if f".{pair[0]}" in f".{name}"), ("", ""))
@@ -224,7 +224,7 @@ def checked(
     """Compare a converted network with the original, and name its classes uniquely.
 
     Raises:
-        InputError: if it has other parts, or its logits (without a head, its pooled features) differ.
+        InputError: if its parts, or its logits (without a head, its pooled features), differ.
     """
     net = ViT(config).eval()
     own = {name: value for name, value in net.state_dict().items() if "head.0.weight" in state or "head." not in name}
@@ -238,7 +238,7 @@ def checked(
     images = torch.randn(1, net.channels, net.image_size, net.image_size, generator=torch.Generator().manual_seed(0))
     theirs: Any = model.eval()(images)
     headed = "head.0.weight" in state
-    if not isinstance(theirs, Tensor):  # of transformers
+    if not isinstance(theirs, Tensor):  # an output of transformers
         theirs = theirs.logits if headed else theirs.last_hidden_state[:, 0]
     ours = net(images) if headed else net.pool(net.forward_features(images))
     if not (ours - theirs).abs().max() <= TOLERANCE * theirs.abs().max().clamp(min=1):

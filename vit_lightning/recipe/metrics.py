@@ -1,4 +1,4 @@
-"""What is measured in training, validation and testing, and which epoch is the best."""
+"""The metrics of training, validation and testing, and the comparison of epochs."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ class ImageCount(SumMetric):
 
 @register.metric("balanced_acc")
 def balanced_accuracy(classes: int) -> Metric:
-    """The mean over classes of the accuracy on their images."""
+    """The accuracy on the images of each class, averaged over classes."""
     return MulticlassAccuracy(classes, average="macro", validate_args=False)
 
 
@@ -39,14 +39,14 @@ def measures_top5(classes: int) -> bool:
 
 
 def build_metrics(classes: int, more: list[str]) -> MetricCollection:
-    """Everything that is measured.
+    """Build all metrics.
 
-    A batch updates a metric with those of ``preds`` (logits), ``target``, ``value`` (the loss) and ``weight`` (the
-    number of images) that its ``update`` takes.
+    Each metric is updated with those of ``preds`` (logits), ``target``, ``value`` (the loss) and ``weight`` (the number
+    of images) that its ``update`` takes.
 
     Args:
         classes: number of classes.
-        more: names of registered metrics, each built from the number of classes.
+        more: names of registered metrics, each constructed with the number of classes.
     """
     metrics: dict[str, Any] = {
         "loss": MeanMetric(),
@@ -62,16 +62,16 @@ def build_metrics(classes: int, more: list[str]) -> MetricCollection:
 
 @functools.cache
 def mode_of(monitor: str) -> str:
-    """Whether a metric such as ``val/loss`` is better where it is lower (``min``) or higher (``max``)."""
+    """Whether a metric such as ``val/loss`` should be low (``min``) or high (``max``)."""
     name = monitor.rpartition("/")[2]
     lower = name == "loss" or (name in register.metric and register.metric[name](2).higher_is_better is False)
     return "min" if lower else "max"
 
 
 def quality(values: Mapping[str, float], monitor: str) -> tuple[float, float]:
-    """How good an epoch is, to compare it with others: the monitored metric, then the loss; larger is better.
+    """A sort key for epochs: the monitored metric, then the loss; larger is better.
 
-    An epoch without validation, and a metric that is NaN, are worse than all others.
+    An epoch without validation, or whose metric is NaN, is worse than all others.
     """
     value, loss = values.get(monitor, math.nan), values.get("val/loss", math.nan)
     value = -value if mode_of(monitor) == "min" else value

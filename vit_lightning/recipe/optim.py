@@ -1,7 +1,7 @@
 """Losses, parameter groups, optimizers, learning-rate schedules, and the moving average of the weights.
 
-A registered optimizer is built from the network and the configuration; a schedule maps the completed fraction of a run
-to a factor; a loss takes logits, targets and the label smoothing, and as ``weight`` the classes' weights if it can.
+A registered optimizer is constructed with the network and the configuration. A schedule maps the completed fraction of
+a run to a factor. A loss takes logits, targets and the label smoothing, and optionally class weights as ``weight``.
 """
 
 import inspect
@@ -26,7 +26,7 @@ from vit_lightning.model.vit import ViT
 
 
 def build_optimizer(net: ViT, config: OptimConfig) -> Optimizer:
-    """Build the optimizer of the parameters that are trained.
+    """Build the optimizer of the trained parameters.
 
     Raises:
         InputError: if ``config.name`` is unknown, or its class does not take the arguments.
@@ -62,7 +62,7 @@ def parameter_groups(net: ViT, config: OptimConfig, parameters: Iterable[Tensor]
     Args:
         net: the network.
         config: ``lr``, ``weight_decay``, ``decay_all`` and ``layer_decay``.
-        parameters: those to group; ``None`` for all that are trained.
+        parameters: parameters to group; ``None`` for all that are trained.
 
     Returns:
         Groups with ``params``, ``lr`` and ``weight_decay``, the highest learning rate first.
@@ -94,7 +94,7 @@ def adamw(net: ViT, config: OptimConfig, parameters: Iterable[Tensor] | None = N
     groups = parameter_groups(net, config, parameters)
     optimizer = AdamW(groups, lr=config.lr, betas=(config.betas[0], config.betas[1]), fused=True)
     optimizer.register_load_state_dict_post_hook(match_shapes)
-    # Fused, AdamW would unscale the gradients of 16-mixed precision itself, and Lightning then refuses to clip them.
+    # Fused AdamW would unscale the gradients of 16-mixed precision itself, and Lightning would refuse to clip them.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
@@ -118,11 +118,11 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
 
     Args:
         net: the network.
-        names: of its modules or parameters, such as ``patch_embed``, ``blocks.0`` or ``pos_embed``; ``backbone`` is
-            everything but the head.
+        names: names of modules or parameters, such as ``patch_embed``, ``blocks.0`` or ``pos_embed``; ``backbone``
+            means everything except the head.
 
     Returns:
-        The modules among them, in evaluation mode, so that their batch norms do not change.
+        The frozen modules, in evaluation mode, so that their batch norms do not change.
 
     Raises:
         InputError: if a name is unknown, or nothing is left to train.
@@ -147,7 +147,7 @@ def freeze(net: nn.Module, names: list[str]) -> list[nn.Module]:
 
 
 def match_shapes(optimizer: Optimizer) -> None:
-    """Reshape a loaded state that was saved when 3 × 3 convolutions had 2-D weights (out, in · 9)."""
+    """Reshape a loaded state that dates from when 3 × 3 convolutions had 2-D weights (out, in · 9)."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if parameter.ndim == 4 and value.ndim == 2:
@@ -157,7 +157,7 @@ def match_shapes(optimizer: Optimizer) -> None:
 class Muon(Optimizer):
     """Muon: momentum with orthogonalised updates (Jordan, 2024, https://kellerjordan.github.io/posts/muon/).
 
-    Equals :class:`torch.optim.Muon`, but also takes convolutions, as matrices (out, in · h · w), and any ``dtype``.
+    Like :class:`torch.optim.Muon`, but also takes convolutions, as matrices (out, in · h · w), and any ``dtype``.
 
     Args:
         params: parameters of at least two dimensions, or groups of them.
@@ -177,7 +177,7 @@ class Muon(Optimizer):
         momentum: float = 0.95,
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        self.dtype = dtype  # not in a group, so that a checkpoint of another device does not change it
+        self.dtype = dtype  # not in a group, so that a checkpoint from another device does not change it
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, ns_steps=ns_steps, momentum=momentum))
 
     @torch.no_grad()
@@ -201,7 +201,7 @@ class Muon(Optimizer):
 
 
 def orthogonalise(matrix: Tensor, steps: int) -> Tensor:
-    """Move the singular values of a matrix (m, n) towards one, by Jordan's quintic Newton-Schulz iteration."""
+    """Move the singular values of a matrix (m, n) towards one with Jordan's quintic Newton-Schulz iteration."""
     x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
     x = x / x.norm().clamp(min=1e-7)  # singular values in [0, 1]
     for _ in range(steps):
@@ -214,7 +214,7 @@ class CombinedOptimizer(Optimizer):
     """Several optimizers that step together and look like one to Lightning and to schedules.
 
     Args:
-        parts: optimizers of disjoint parameters; their groups are shared, so that a schedule changes them.
+        parts: optimizers of disjoint parameters; their groups are shared, so schedules apply to them.
     """
 
     def __init__(self, *parts: Optimizer) -> None:
@@ -229,7 +229,7 @@ class CombinedOptimizer(Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the states of the parts, in their order."""
+        """Return the states of the parts, in order."""
         return {"parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -242,7 +242,7 @@ class CombinedOptimizer(Optimizer):
 def build_schedule(
     optimizer: Optimizer, config: OptimConfig, steps: int, elapsed: Callable[[], float] | None = None
 ) -> LambdaLR:
-    """Build the schedule: a linear warm-up, then the registered shape, from 1 to 0, scaled to end at ``min_lr``.
+    """Build the schedule: a linear warm-up, then the registered shape from 1 to 0, scaled to end at ``min_lr``.
 
     Args:
         optimizer: the optimizer whose learning rates are scaled.
@@ -286,8 +286,8 @@ def class_weights(counts: Tensor, kind: str) -> list[float] | None:
     """The weights of the classes in the training loss, whose mean over the training images is one.
 
     Args:
-        counts: (classes,), the number of training images of each; a class without any has weight zero.
-        kind: ``balanced`` for weights in inverse proportion to ``counts``, ``sqrt`` for their square roots, ``none``.
+        counts: (classes,), number of training images per class; a class without any has weight zero.
+        kind: ``balanced`` for weights inversely proportional to ``counts``, ``sqrt`` for their square roots, ``none``.
     """
     if kind == "none":
         return None
@@ -300,8 +300,8 @@ def class_weights(counts: Tensor, kind: str) -> list[float] | None:
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float, weight: Tensor | None = None) -> Tensor:
     """Cross-entropy of logits (B, classes) and labels (B,) or class probabilities (B, classes).
 
-    With weights (classes,), the sum over the batch is divided by B, as Keras does, and not by the sum of the weights,
-    as torch does for labels only: so mixed images, several processes and accumulated gradients change nothing.
+    With weights (classes,), the sum over the batch is divided by B, as in Keras, and not by the sum of the weights, as
+    torch does for labels only. Mixed images, several processes and accumulated gradients therefore change nothing.
     """
     if weight is None:
         return F.cross_entropy(logits, targets, label_smoothing=label_smoothing)
@@ -314,8 +314,8 @@ def binary_cross_entropy(
 ) -> Tensor:
     """Binary cross-entropy of each class against the rest, as in DeiT III (Touvron et al., 2022, arXiv:2204.07118).
 
-    The sum over classes, averaged over the batch; arguments as for :func:`cross_entropy`. All of an image's sum has the
-    weight of its label.
+    Summed over classes and averaged over the batch; arguments as for :func:`cross_entropy`. An image's entire sum has
+    the weight of its label.
     """
     classes = logits.shape[1]
     shares = targets if targets.ndim == 2 else F.one_hot(targets, classes).to(logits.dtype)
@@ -325,7 +325,7 @@ def binary_cross_entropy(
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:
-    """Return the Euclidean norm of all tensors taken together; they may be sharded over processes."""
+    """Return the joint Euclidean norm of all tensors, which may be sharded across processes."""
     norm = torch.nn.utils.get_total_norm(list(tensors))
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
@@ -342,7 +342,7 @@ def ema_update(decay: float) -> Callable[[list[Tensor], list[Tensor], Tensor | i
         weight = 1 - min(decay, (1 + n) / (10 + n))
         if averages[0].is_floating_point():
             torch._foreach_lerp_(averages, values, weight)
-        else:  # integers, such as a batch norm's number of batches
+        else:  # integers, such as a batch norm's count of batches
             torch._foreach_copy_(averages, values)
 
     return update

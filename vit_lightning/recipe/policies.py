@@ -1,4 +1,4 @@
-"""TrivialAugment, RandAugment and AutoAugment of whole batches of uint8 images, on the device they are on.
+"""TrivialAugment, RandAugment and AutoAugment of whole batches of uint8 images, on the images' device.
 
 Every image draws its own operations; images that drew the same operation are transformed together, so that the number
 of kernels does not depend on the batch size. Operations, magnitudes and probabilities are those of torchvision's
@@ -7,8 +7,8 @@ classes of the same names, with their default nearest-neighbour sampling and bla
 TrivialAugment (wide): Müller and Hutter, 2021, https://arxiv.org/abs/2103.10158. RandAugment: Cubuk et al., 2019,
 https://arxiv.org/abs/1909.13719. AutoAugment: Cubuk et al., 2018, https://arxiv.org/abs/1805.09501, table 7.
 
-Axes: B batch, R rounds of operations, n images that drew the same one, C channels, h and w height and width, s the
-side of square images.
+Axes: B batch, R rounds of operations, n images that drew the same operation, C channels, h and w height and width, s
+the side of square images.
 """
 
 from collections.abc import Callable
@@ -54,17 +54,17 @@ def rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def color(images: Tensor, change: Tensor) -> Tensor:
-    """Blend with the gray image, which a change of -1 gives; images of one channel stay as they are."""
+    """Blend with the gray image, which a change of -1 gives; images of one channel do not change."""
     return blend(images, gray(images), change) if images.shape[1] == 3 else images
 
 
 def contrast(images: Tensor, change: Tensor) -> Tensor:
-    """Blend with the mean of the gray image, which a change of -1 gives."""
+    """Blend with the gray image's mean, which a change of -1 gives."""
     return blend(images, gray(images).mean(dim=(1, 2, 3), keepdim=True), change)
 
 
 def sharpness(images: Tensor, change: Tensor) -> Tensor:
-    """Blend with the smoothed image, which a change of -1 gives; the outermost pixels stay as they are."""
+    """Blend with the smoothed image, which a change of -1 gives; the outermost pixels do not change."""
     x = images.float()
     rows = x[..., :-2, :] + x[..., 1:-1, :] + x[..., 2:, :]
     inner = x[..., 1:-1, 1:-1]
@@ -74,9 +74,9 @@ def sharpness(images: Tensor, change: Tensor) -> Tensor:
 
 
 def solarize(images: Tensor, threshold: Tensor) -> Tensor:
-    """Invert the values that are at least the threshold, in [0, 1]."""
+    """Invert the values that are at least the threshold, which is in [0, 1]."""
     above = images >= (255 * threshold).ceil().to(torch.uint8)
-    return images ^ above.to(torch.uint8).neg_()  # the negative of 1 is 255, all bits
+    return images ^ above.to(torch.uint8).neg_()  # negating 1 gives 255, with all bits set
 
 
 def blend(images: Tensor, other: Tensor, change: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def blend(images: Tensor, other: Tensor, change: Tensor) -> Tensor:
 
 
 def gray(images: Tensor) -> Tensor:
-    """Compute the luma (n, 1, h, w), in whole numbers."""
+    """Compute the luma (n, 1, h, w) in integers."""
     if images.shape[1] == 1:
         return images.float()
     red, green, blue = images.float().split(1, dim=1)
@@ -156,7 +156,7 @@ def magnitude_bins(policy: str, side: int) -> Tensor:
         side: s, side of the images in pixels.
 
     Returns:
-        (operations, bins): a slope, pixels, degrees, a relative change, the bits that are kept, a threshold in [0, 1],
+        (operations, bins): a slope, pixels, degrees, a relative change, the number of bits kept, a threshold in [0, 1],
         or 0 for operations without a magnitude.
     """
     wide, bins = policy == "trivial", 10 if policy == "auto" else 31
@@ -183,7 +183,7 @@ def draw_operations(batch: int, side: int, config: AugmentConfig) -> tuple[Tenso
         operations, tenths, level = CIFAR10[torch.randint(len(CIFAR10), (batch,))].permute(2, 1, 0)  # (2, B) each
         operations = operations * (torch.rand(2, batch) <= tenths / 10)  # 0 is the identity
     else:
-        operations = torch.randint(len(OPERATIONS) - 1, (rounds, batch))  # Invert, the last, is AutoAugment's alone
+        operations = torch.randint(len(OPERATIONS) - 1, (rounds, batch))  # all but Invert, only in AutoAugment
         level = torch.randint(31, (rounds, batch)) if config.policy == "trivial" else torch.tensor(config.magnitude)
     if config.policy_prob < 1:
         operations = operations * (torch.rand(batch) < config.policy_prob)
@@ -198,7 +198,7 @@ def apply_operations(images: Tensor, operations: Tensor, magnitudes: Tensor) -> 
     Args:
         images: (B, C, s, s), uint8, of 1 or 3 channels.
         operations: (B,), int64, on the CPU: positions in ``OPERATIONS``.
-        magnitudes: (B,), on the CPU: as :func:`magnitude_bins` lists them, or their negatives.
+        magnitudes: (B,), on the CPU: values from :func:`magnitude_bins`, or their negatives.
 
     Returns:
         (B, C, s, s), uint8.
@@ -215,7 +215,7 @@ def apply_operations(images: Tensor, operations: Tensor, magnitudes: Tensor) -> 
 
 
 def apply_policy(images: Tensor, config: AugmentConfig) -> Tensor:
-    """Transform every image by operations of its own.
+    """Transform every image with its own random operations.
 
     Args:
         images: (B, C, s, s), uint8, of 1 or 3 channels.

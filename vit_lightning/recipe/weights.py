@@ -1,4 +1,4 @@
-"""Trained networks: opening them, publishing them, and starting another network from one."""
+"""Trained networks: opening them, publishing them, and initialising another network from one."""
 
 import json
 import pickle
@@ -32,9 +32,9 @@ MAY_DIFFER = {
 
 
 def verify_checkpoint(path: Path) -> None:
-    """Compare a checkpoint with the CRC-32 checksums that ``torch.save`` has written into it.
+    """Verify the CRC-32 checksums that ``torch.save`` wrote into a checkpoint.
 
-    Checkpoints of earlier versions end in a line with a SHA-256, which neither this nor ``torch.load`` reads.
+    Checkpoints of earlier versions end with a line with a SHA-256, which is ignored here and by ``torch.load``.
 
     Raises:
         InputError: if the file is corrupt or not a checkpoint.
@@ -76,8 +76,8 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
 
     Args:
         checkpoint: ``pretrained`` (the network in this package), a run's directory (its best checkpoint), or a file: a
-            ``.ckpt`` of a run or a ``.safetensors`` of :func:`publish`; or a network of another library, as
-            :mod:`vit_lightning.recipe.foreign` reads it.
+            ``.ckpt`` of a run or a ``.safetensors`` from :func:`publish`; or a network of another library, as
+            described in :mod:`vit_lightning.recipe.foreign`.
 
     Raises:
         InputError: if the file does not exist, or contains no valid classifier of this project.
@@ -120,7 +120,7 @@ def load_classifier(checkpoint: str) -> ViTClassifier:
 
 
 def load_foreign(checkpoint: str) -> ViTClassifier:
-    """Open a classifier of timm or Hugging Face, as :func:`load_classifier` does."""
+    """Open a classifier from timm or Hugging Face, as :func:`load_classifier` does."""
     weights = read_foreign(checkpoint)
     if not weights.class_names:
         raise InputError(f"checkpoint={checkpoint} has no head and so no classes; train one with vit_lightning.train")
@@ -131,14 +131,14 @@ def load_foreign(checkpoint: str) -> ViTClassifier:
 
 
 def read_record(checkpoint: str) -> tuple[dict[str, Any], str]:
-    """Read what is known of the training of a classifier that :func:`load_classifier` opens.
+    """Read what is known about the training of a classifier; arguments as for :func:`load_classifier`.
 
     Returns:
-        The ``summary.json`` of its run, ``{}`` if there is none, as for a checkpoint other than the best; and the note
-        on what its weights may be used for, which a file of :func:`publish` has.
+        The ``summary.json`` of its run, or ``{}`` if there is none, as for a checkpoint other than the best; and the
+        note on what its weights may be used for, if the file is from :func:`publish`.
 
     Raises:
-        InputError: if the record is damaged.
+        InputError: if the record is corrupt.
     """
     path = PRETRAINED if checkpoint == "pretrained" else Path(checkpoint).expanduser()
     if checkpoint.startswith(FOREIGN):
@@ -175,7 +175,7 @@ def publish(classifier: ViTClassifier, record: dict[str, Any], licence: str, pat
 
 
 def follow_weights(config: Config, invocation: Invocation) -> Config:
-    """Give a new run the network of its foreign weights; ``model.image_size`` and the head's widths may be chosen.
+    """Set a new run's network to that of its foreign weights; ``model.image_size`` and the head's widths may differ.
 
     Raises:
         InputError: if the weights cannot be read, or a key of ``model`` that was set contradicts them.
@@ -185,7 +185,7 @@ def follow_weights(config: Config, invocation: Invocation) -> Config:
         return config
     theirs, ours, default = asdict(read_foreign(checkpoint).model), asdict(config.model), asdict(ModelConfig())
     typed = {key.removeprefix("model.") for key in invocation.keys}
-    if invocation.overrides is None:  # from Python
+    if invocation.overrides is None:  # called from Python
         typed = {key for key in ours if ours[key] != default[key]}
     if "model" in typed:
         raise InputError(f"checkpoint={checkpoint} has its own network; remove model=")
@@ -207,7 +207,7 @@ def follow_weights(config: Config, invocation: Invocation) -> Config:
 def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
     """Copy the weights of a trained classifier into another, including the head if their classes are the same.
 
-    Learned positions are resized to the other network's tokens, as in Dosovitskiy et al., 2021
+    Learned positions are resized to the new network's number of patches, as in Dosovitskiy et al., 2021
     (https://arxiv.org/abs/2010.11929, section 3.2), and the first layer is converted between colour and gray images.
 
     Args:
@@ -248,7 +248,7 @@ def start_from(classifier: ViTClassifier, checkpoint: str) -> None:
 
 
 def normalise_as(classifier: ViTClassifier, *statistics: list[float]) -> None:
-    """Replace the mean and the standard deviation of a classifier, averaged if the number of channels differs."""
+    """Replace a classifier's mean and standard deviation, averaged if the number of channels differs."""
     for name, values in zip(("mean", "std"), statistics, strict=True):
         own = classifier.get_buffer(name)
         new = values if len(values) == len(own) else [sum(values) / len(values)] * len(own)
@@ -257,7 +257,7 @@ def normalise_as(classifier: ViTClassifier, *statistics: list[float]) -> None:
 
 
 def warn_of_seen_images(checkpoint: str, theirs: dict[str, Any] | None, ours: dict[str, Any] | None) -> None:
-    """Print a warning if images that are held out of the training images were split differently before."""
+    """Print a warning if held-out images were split differently when the checkpoint was trained."""
     keys = ("split", "val_fraction", "split_seed")
     if not theirs or not ours or ours["split"] != "standard" or all(theirs[key] == ours[key] for key in keys):
         return
@@ -276,7 +276,7 @@ def convert_channels(weight: Tensor, before: int, after: int) -> Tensor:
 
     Args:
         weight: (out, before · k) of a linear layer, channel-major, or (out, before, h, w) of a convolution.
-        before: number of channels so far.
+        before: old number of channels.
         after: new number of channels.
 
     Returns:

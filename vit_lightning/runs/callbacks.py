@@ -1,4 +1,4 @@
-"""Callbacks that record, report and stop the training."""
+"""Callbacks that record, report and stop training."""
 
 import csv
 import json
@@ -27,20 +27,20 @@ from vit_lightning.terminal import relative, warn_instead
 class EpochRecorder(Callback):
     """Prints a line and writes a row of ``metrics.csv`` after each epoch, and draws ``curves.png`` at the end.
 
-    Every ``train/…`` and ``val/…`` metric that the module logs is recorded, but for the numbers of images.
+    Every ``train/…`` and ``val/…`` metric that the module logs is recorded, except the numbers of images.
 
     Attributes:
         rows: the rows written so far; an epoch without validation has no ``val/…`` keys.
-        samples_seen: training images that went through the network, including repeats.
+        samples_seen: number of training images that went through the network, including repeats.
         images: number of images that the latest metrics of each split (``train``, ``val``, ``test``) are computed from.
-        starts: where the run was started from, and then each time that it was resumed, as in ``record``.
+        starts: the provenance of the run's start and of each time it was resumed, as in ``record``.
 
     Args:
         run_dir: directory of the files.
-        record: where the run is started from this time.
-        name: of the run, in the title of the curves.
-        training: what the curves of the training are called.
-        monitor: the metric of the best epoch.
+        record: the provenance of this start.
+        name: name of the run, in the title of the curves.
+        training: label of the training curves.
+        monitor: the metric that decides which epoch is the best.
     """
 
     def __init__(
@@ -61,8 +61,8 @@ class EpochRecorder(Callback):
         self.images = dict.fromkeys(("train", "val", "test"), 0)
         self._validated = False
         self._header_printed = False
-        self._train_end: float | None = None  # the time at which the epoch's validation began
-        self._before = 0.0, 0.0  # seconds of the run and of its current epoch before it was resumed
+        self._train_end: float | None = None  # the time when the epoch's validation began
+        self._before = 0.0, 0.0  # seconds spent on the run and on its current epoch before it was resumed
 
     @property
     def images_per_second(self) -> float:
@@ -72,9 +72,9 @@ class EpochRecorder(Callback):
 
     @property
     def best(self) -> dict[str, float]:
-        """The row with the best value of ``monitor``, and of several the one with the lowest ``val/loss``.
+        """The row with the best value of ``monitor``, and among equals the lowest ``val/loss``.
 
-        Without any validation (``trainer.limit_val_batches=0``), the last row.
+        Without any validation (``trainer.limit_val_batches=0``), this is the last row.
         """
         if not any("val/acc" in row for row in self.rows):
             return self.rows[-1]
@@ -89,7 +89,7 @@ class EpochRecorder(Callback):
         return ["epoch", "step", "seconds", "lr", *names, SPEED]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run continues from."""
+        """Return the state that a resumed run continues from."""
         return {
             "rows": self.rows,
             "samples_seen": self.samples_seen,
@@ -108,15 +108,15 @@ class EpochRecorder(Callback):
         self._before = state_dict["seconds"], state_dict["epoch_seconds"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # The curves are written here instead of by Lightning, which does so after the checkpoint: a run that is killed
-        # in between would lose them.
+        # The curves are written here, because Lightning writes them after the checkpoint: a run killed in between would
+        # lose them.
         pl_module.log_curves = False  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         seconds, epoch_seconds = self._before
-        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # earlier if an epoch is continued
+        self._start, self._epoch_start = now() - seconds, now() - epoch_seconds  # earlier if an epoch is resumed
         if trainer.is_global_zero:
-            self.files.metrics.unlink(missing_ok=True)  # its last row may be written again
+            self.files.metrics.unlink(missing_ok=True)  # rewritten, because a killed run may have written more rows
             self._write(self.rows)
 
     def _write(self, rows: list[dict[str, float]]) -> None:
@@ -137,7 +137,7 @@ class EpochRecorder(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the rate is that of the next step
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, it is the next step's rate
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -219,19 +219,19 @@ class Report(Callback):
 
 
 class WeightAverage(WeightAveraging):
-    """Keeps the average on the training device; Lightning would copy all weights to the CPU in each step."""
+    """Keeps the average on the training device; Lightning would copy all weights to the CPU at each step."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._device = trainer.strategy.root_device  # the network is moved there later
+        self._device = trainer.strategy.root_device  # the network is only moved there later
         super().setup(trainer, pl_module, stage)
 
 
 class StopAtTarget(Callback):
-    """Ends training once validation has reached an accuracy, and does so at once if such a run is resumed.
+    """Ends training once validation has reached an accuracy, and immediately if such a run is resumed.
 
     Args:
         acc: ``val/acc`` to reach, in [0, 1].
-        acc5: ``val/acc5`` to reach at the same time; 0 where that is not measured.
+        acc5: ``val/acc5`` to reach at the same time; 0 if it is not measured.
     """
 
     def __init__(self, acc: float, acc5: float) -> None:
@@ -240,7 +240,7 @@ class StopAtTarget(Callback):
         self._latest = (0.0, 0.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run, which may have a higher target, continues from."""
+        """Return the state that a resumed run, which may have a higher target, continues from."""
         return {"latest": self._latest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -263,9 +263,9 @@ class StopAtTarget(Callback):
 class StopAtNaN(Callback):
     """Ends a run whose loss is NaN or infinite, before the next checkpoint, and reports where.
 
-    The loss is checked after every step on a CPU; on an accelerator, where each check waits for the device, it is
-    checked every few steps, so that the first bad step may be an earlier one. Of several processes, the first with a
-    bad loss is reported, by all of them.
+    The loss is checked after every step on a CPU. On an accelerator, where each check waits for the device, it is
+    checked every few steps, so the first bad step may be an earlier one. With several processes, all of them report
+    the first process with a bad loss.
 
     Args:
         run_dir: directory of ``nan.json``, which describes the step and its images.
@@ -279,7 +279,7 @@ class StopAtNaN(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the rate is that of the next step
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, it is the next step's rate
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -288,7 +288,7 @@ class StopAtNaN(Callback):
         if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
             return
         finite = bool(loss.isfinite())
-        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # on all processes together
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # the same decision in all processes
             return
         report = None if finite else self._report(trainer, pl_module, loss, batch_idx)
         reports = [report] * trainer.world_size

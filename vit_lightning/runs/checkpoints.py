@@ -1,6 +1,6 @@
-"""The checkpoints of a run: when and how they are written, which of them it continues from, and how it ends early.
+"""The checkpoints of a run: when and how they are written, which of them it resumes from, and how it ends early.
 
-``last.ckpt`` is where a run continues, ``last-previous.ckpt`` the checkpoint before it, and ``best.ckpt`` that of the
+A run resumes from ``last.ckpt``; ``last-previous.ckpt`` is the checkpoint before it, and ``best.ckpt`` that of the
 best epoch.
 """
 
@@ -29,7 +29,7 @@ from vit_lightning.runs.callbacks import EpochRecorder
 from vit_lightning.runs.processes import lost_process
 from vit_lightning.terminal import is_first, relative
 
-# What Lightning exits with after Ctrl-C and SIGTERM outside of training, and a shell's codes for them.
+# Lightning's exit codes after Ctrl-C and SIGTERM outside of training, and the corresponding codes of a shell.
 EXIT_CODES: dict[Any, int] = {1: 128 + signal.SIGINT, None: 128 + signal.SIGTERM}
 
 
@@ -37,7 +37,7 @@ def latest_valid(files: RunFiles) -> tuple[Path | None, dict[str, Any], list[str
     """Find the latest checkpoint that a run can continue from.
 
     Returns:
-        Its path, its content, and what is wrong with later ones.
+        Its path, its content, and what is wrong with newer ones.
     """
     problems: list[str] = []
     for path in (files.last, files.previous):
@@ -57,7 +57,7 @@ def latest_valid(files: RunFiles) -> tuple[Path | None, dict[str, Any], list[str
 
 @contextlib.contextmanager
 def resume_hint(files: RunFiles) -> Iterator[None]:
-    """Report what ends a run early in one line, with the command that continues it.
+    """Report in one line what ended a run early, with the command that continues it.
 
     Raises:
         InputError: for a mistake of the user.
@@ -75,10 +75,10 @@ def resume_hint(files: RunFiles) -> Iterator[None]:
     except (InputError, OSError, RuntimeError) as error:
         lines = str(error).splitlines() or [""]
         if not is_first() and (isinstance(error, InputError) or lost_process(error)):
-            sys.exit(1)  # the first process reports what all of them notice
+            sys.exit(1)  # the first process reports an error that all of them see
         if isinstance(error, InputError):
             reason = str(error)
-        elif lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:  # followed by the worker's traceback
+        elif lines[0].startswith("Caught ") and "DataLoader worker" in lines[0]:  # the worker's traceback follows
             reason = f"a data loading worker failed ({lines[-1]})"
         elif "DataLoader worker" in lines[0]:  # torch raises it in a signal handler, so nothing else can catch it
             reason = f"{lines[0].rstrip('. ')}; data.workers=0 needs no workers"
@@ -95,17 +95,17 @@ def resume_hint(files: RunFiles) -> Iterator[None]:
 
 
 class VerifiedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints that are on the disk when it returns, and verifies their checksums when they are read.
+    """Flushes checkpoints to disk before it returns, and verifies their checksums when they are read.
 
     Args:
-        loaded: the content of the checkpoint that is asked for first, if it has been read already.
+        loaded: the content of the checkpoint that is requested first, if it has already been read.
     """
 
     def __init__(self, loaded: dict[str, Any] | None = None) -> None:
         self._loaded = loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint and flush it to the disk; if that fails, no file is left."""
+        """Write a checkpoint and flush it to disk; if that fails, no file is left."""
         buffer = io.BytesIO()  # torch.save reports a full disk as a RuntimeError without a reason
         torch.save(checkpoint, buffer)
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -120,12 +120,12 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
 class Saver(Checkpoint):
     """Saves a run after every epoch, every few minutes within one, and when it is asked to stop.
 
-    After a first SIGINT or SIGTERM the run is saved at the end of the step, or of the epoch if its last step or
-    validation is running, and exits with code 130 or 143. A second one ends it immediately.
+    After a first SIGINT or SIGTERM, the run is saved at the end of the step, or of the epoch during its last step or
+    validation, and exits with code 130 or 143. A second signal ends it immediately.
 
     Args:
-        files: of the run.
-        minutes: between checkpoints within an epoch; ``None`` for none there.
+        files: the files of the run.
+        minutes: time between checkpoints within an epoch; ``None`` for no such checkpoints.
         recorder: the recorder of the run, which knows the best epoch.
         digest: identifies the images, to recognise them when the run is resumed; ``None`` if unknown.
     """
@@ -138,13 +138,13 @@ class Saver(Checkpoint):
         self.recorder = recorder
         self.digest = digest
         self._signal = 0  # the last signal received, 0 if none
-        # The handlers of a launcher stay, and so do signals that a background process ignores.
+        # A launcher's handlers stay in place, and signals ignored by a background process stay ignored.
         self._signals = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) in DEFAULTS]
         if threading.current_thread() is not threading.main_thread():
             self._signals = []  # only the main thread can set handlers
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what identifies the images of the run."""
+        """Return the digest that identifies the run's images."""
         return {} if self.digest is None else {"digest": self.digest}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -166,20 +166,20 @@ class Saver(Checkpoint):
             return  # a checkpoint would lose the gradients so far
         due = self.minutes is not None and time.monotonic() - self._saved >= 60 * self.minutes
         number, wanted = self._maximum(trainer, self._signal, due)
-        if (number or wanted) and not trainer.is_last_batch:  # after the last batch, the end of the epoch saves
+        if (number or wanted) and not trainer.is_last_batch:  # after the last batch, the epoch's end saves it
             self._save(trainer, pl_module)
             self._exit(number)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         row = self.recorder.rows[-1]
-        known = "val/acc" in row or trainer.limit_val_batches == 0  # without validation, the last is the best
+        known = "val/acc" in row or trainer.limit_val_batches == 0  # without validation, the last epoch is the best
         self._save(trainer, pl_module, best=known and row is self.recorder.best)
         [number] = self._maximum(trainer, self._signal)
         self._exit(number)
 
     @staticmethod
     def _maximum(trainer: L.Trainer, *values: int) -> list[int]:
-        """The largest of each value over all processes, which save and stop together."""
+        """The maximum of each value over all processes, which save and stop together."""
         if trainer.world_size == 1:
             return list(values)
         own = torch.tensor([float(value) for value in values], device=trainer.strategy.root_device)
@@ -192,7 +192,7 @@ class Saver(Checkpoint):
         if broken:
             raise InputError(f"weights became NaN or infinite in step {trainer.global_step}; try a lower learning rate")
         for logger in trainer.loggers:
-            logger.save()  # the curves up to this step are on the disk before its checkpoint is
+            logger.save()  # curves are written to disk before the step's checkpoint
         files = self.files
         trainer.save_checkpoint(files.unfinished)
         if trainer.is_global_zero:

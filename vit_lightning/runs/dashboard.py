@@ -47,13 +47,13 @@ SIDE = 256  # side of those images in pixels, if they are read from files
 
 
 class Dashboard(Callback):
-    """Writes text at the start of a run, a training batch, and at its end what the best checkpoint does.
+    """Shows text and a training batch at the start of a run, and the best checkpoint's predictions at its end.
 
     Args:
-        config: of the run; ``config.dashboard`` switches each part.
-        data: set up.
-        name: of the run, in TensorBoard's table of runs and in figures.
-        text: what else is shown as text, by title.
+        config: the run's configuration; ``config.dashboard`` switches each part on or off.
+        data: the images, after ``setup()``.
+        name: name of the run in TensorBoard's table of runs and in figures.
+        text: additional text to show, by title.
         patches: picture of an image next to its patches.
     """
 
@@ -79,13 +79,13 @@ class Dashboard(Callback):
         top5 = measures_top5(len(self.data.class_names))
         charts = {name: chart for name, chart in LAYOUT.items() if name != "top-5" or top5}
         writer.add_custom_scalars({"training and validation": charts})
-        # The run as a row of the HParams tab. Lightning's way writes the tab's columns too: those of the first run that
-        # TensorBoard finds; without, it gathers them from all runs, the ones that differ first.
+        # The run is a row of the HParams tab. Lightning would also write the tab's columns, so those of the first run
+        # found would apply; without them, TensorBoard gathers columns from all runs, those that differ first.
         writer._get_file_writer().add_summary(hparams_pb(hyper_parameters(self.config), trial_id=self.name))
         if self.config.dashboard.text:
             for title, text in self.text.items():
                 lines = as_text(text).splitlines()
-                writer.add_text(title, "\n".join(f"    {line}" for line in lines))  # indented: shown as it is
+                writer.add_text(title, "\n".join(f"    {line}" for line in lines))  # indented text is shown literally
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -163,10 +163,10 @@ class Dashboard(Callback):
     def show_best(self, classifier: ViTClassifier, trainer: L.Trainer, record: dict[str, Any]) -> None:
         """Draw what the best checkpoint predicts for the validation images.
 
-        A figure that cannot be drawn is reported on stderr and left out: the run has its result.
+        A figure that cannot be drawn is reported on stderr and left out, so that the run still succeeds.
 
         Args:
-            classifier: with that checkpoint's weights.
+            classifier: the classifier with that checkpoint's weights.
             trainer: its logger receives the figures.
             record: the run's ``summary.json``.
         """
@@ -191,8 +191,8 @@ class Dashboard(Callback):
             logger.save()
 
     def _best_predictions(self, classifier: ViTClassifier, best_epoch: int) -> Predictions:
-        """The best checkpoint's predictions for the validation images, from its validation where they were kept."""
-        if self._best is None or self._best[1] != best_epoch:  # the run was resumed since, or has several processes
+        """The best checkpoint's predictions for the validation images, from its validation if they were kept."""
+        if self._best is None or self._best[1] != best_epoch:  # the run was resumed or has several processes
             return predict_split(classifier, self.data, "val")
         probabilities = self._best[2]
         _, labels = self.data.stored("val", torch.arange(len(probabilities)))
@@ -209,9 +209,9 @@ class Dashboard(Callback):
 
 
 def hyper_parameters(config: Config) -> dict[str, Any]:
-    """The keys and values that TensorBoard's HParams tab compares runs by, as they are typed.
+    """The keys and values by which TensorBoard's HParams tab compares runs, as they are typed.
 
-    Keys that change no number, such as ``data.cache_dir``, are left out.
+    Keys that do not affect results, such as ``data.cache_dir``, are left out.
     """
     groups = ("model", "data", "augment", "optim", "trainer")
     flat = flatten({name: value for name, value in asdict(config).items() if name in (*groups, "seed", "checkpoint")})
@@ -221,9 +221,9 @@ def hyper_parameters(config: Config) -> dict[str, Any]:
 
 
 def run_name(overrides: Sequence[str], folder: Path) -> str:
-    """What a run is called: its settings, and its directory, which tells it from others with the same settings.
+    """Name a run by its settings and its directory, which distinguishes it from others with the same settings.
 
-    The experiment, which runs that are compared often share, comes last, because the table shows a name's beginning.
+    The experiment, which compared runs often share, comes last, because the table shows only the start of a name.
     """
     typed = [item for item in overrides if item.partition("=")[0] not in {*MAY_CHANGE, "resume"}]
     typed.sort(key=lambda item: item.startswith("experiment="))
@@ -231,7 +231,7 @@ def run_name(overrides: Sequence[str], folder: Path) -> str:
 
 
 def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
-    """The attention to each patch in what the head reads: the rollout, then some heads of the last block."""
+    """Draw the attention of the head's input to each patch: the rollout, then some heads of the last block."""
     spread = torch.linspace(0, len(data.indices["val"]) - 1, EXPLAINED).long()  # images may be sorted by class
     images, labels = data.stored("val", spread)
     maps = attention_maps(classifier.net, classifier.normalise(images))
@@ -244,7 +244,7 @@ def draw_attention_of(classifier: ViTClassifier, data: ImageData) -> Figure:
 
 
 def originals(data: ImageData, split: str, positions: Tensor) -> list[np.ndarray]:
-    """Images of a split as (side, side, C) of floats in [0, 1]: from their files, if they still are where they were."""
+    """Images of a split, (side, side, C), floats in [0, 1], read from their files if these still exist."""
     root, files = Path(data.config.root).expanduser(), data.files(split)
     base = root.parent if root.suffix.lower() == ".csv" else root
     try:
@@ -260,14 +260,14 @@ def writer_of(trainer: L.Trainer) -> SummaryWriter | None:
 
 
 def show(trainer: L.Trainer, name: str, figure: Figure, step: int) -> None:
-    """Pass a figure to the loggers that take pictures."""
+    """Pass a figure to the loggers that accept images."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger):
-            # Only figures of pyplot need closing.
+            # Only pyplot's figures need closing.
             logger.experiment.add_figure(f"pictures/{name}", figure, step, close=False)
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_figure(logger.run_id, figure, f"pictures/{name}.png")
-        elif hasattr(logger, "log_image"):  # Weights & Biases
+        elif hasattr(logger, "log_image"):  # such as Weights & Biases
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png")
             logger.log_image(f"pictures/{name}", [Image.open(buffer)])

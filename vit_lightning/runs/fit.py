@@ -1,4 +1,4 @@
-"""Train a Vision Transformer, test its best checkpoint, and leave a record."""
+"""Train a Vision Transformer, test its best checkpoint, and write a record."""
 
 import json
 import math
@@ -54,15 +54,15 @@ def train(
     callbacks: Sequence[L.Callback] = (),
     loggers: Sequence[Logger] | None = None,
 ) -> float:
-    """Train, test the best checkpoint, and write the files of a run to ``run_dir``.
+    """Train, test the best checkpoint, and write the run's files to ``run_dir``.
 
     Args:
         config: configuration of the run.
-        run_dir: a new directory, or that of the same run, which is then continued if it was interrupted.
+        run_dir: a new directory, or that of the same run, which is continued if it was interrupted.
         report: called after every validation with the epoch, from 1, and ``config.monitor``; an exception ends the run.
-        invocation: the command that asked for the run; ``None`` if called from Python.
-        callbacks: more callbacks, besides those of ``config.callbacks``.
-        loggers: instead of those of ``config.logger``; ``None`` for those, or for TensorBoard if called from Python.
+        invocation: the command that started the run; ``None`` if called from Python.
+        callbacks: additional callbacks besides those of ``config.callbacks``.
+        loggers: replace those of ``config.logger``; ``None`` for those, or for TensorBoard if called from Python.
 
     Returns:
         The best value of ``config.monitor``, for a sweeper to optimise; NaN without validation.
@@ -91,7 +91,7 @@ def train(
         L.seed_everything(run.config.seed, workers=True, verbose=False)
         data = open_data(run)
         classifier = build_classifier(run, data)
-        # Built from what was typed this time: a run that is resumed names parts too, but a file must not run code.
+        # Built only from what was typed this time: a resumed run's file names parts too, but must not run code.
         own = [
             *callbacks,
             *(
@@ -106,13 +106,13 @@ def train(
 
 
 def follow(callback: dict[str, Any], config: Config) -> dict[str, Any]:
-    """A callback of the configuration; if it watches ``config.monitor``, its mode is that metric's."""
+    """Return a callback's settings; if it watches ``config.monitor``, its mode is set to that metric's."""
     watches = "mode" in callback and callback.get("monitor") == config.monitor
     return {**callback, "mode": mode_of(config.monitor)} if watches else callback
 
 
 def open_data(run: Run) -> ImageData:
-    """The images of a run, whose configuration follows their channels and classes.
+    """Open the images of a run, and set the channels and classes of its configuration accordingly.
 
     Raises:
         InputError: if they do not fit the configuration, or have changed since the run started.
@@ -139,10 +139,10 @@ def open_data(run: Run) -> ImageData:
 
 
 def build_classifier(run: Run, data: ImageData) -> ViTClassifier:
-    """A new classifier, with the weights of ``config.checkpoint`` if a new run has one."""
+    """Build a classifier; in a new run, with the weights of ``config.checkpoint`` if it is set."""
     config = run.config
     counts = data.class_counts()
-    # Accuracy hides it if the small classes are all taken for the large ones.
+    # Accuracy would not show that small classes are always mistaken for large ones.
     more = ["balanced_acc"] if unequal(counts) and "balanced_acc" not in config.metrics else []
     own: Any = run.content["hyper_parameters"] if run.content is not None else {}  # start_from may have changed them
     classifier = ViTClassifier(
@@ -172,15 +172,15 @@ def fit_and_test(
     callbacks: Sequence[L.Callback],
     loggers: Sequence[Logger],
 ) -> float:
-    """Train, test and write, in a directory that no other process writes to.
+    """Train, test and write the record, in a directory that no other process writes to.
 
     Args:
         run: the run, whose checkpoint is loaded into ``classifier``.
         data: the images, after ``setup()``.
         classifier: a new classifier.
-        record: where the run is started from this time.
+        record: the provenance of this start.
         report: as in :func:`train`.
-        callbacks: more callbacks.
+        callbacks: additional callbacks.
         loggers: all loggers.
 
     Returns:
@@ -192,7 +192,7 @@ def fit_and_test(
     patches = name_run(patches_of(data, config.model.patch_size), name)
     dashboard = Dashboard(config, data, name, {"command": record["command"]}, patches)
     if is_first():
-        files.summary.unlink(missing_ok=True)  # the record of a run that is extended
+        files.summary.unlink(missing_ok=True)  # the old record, if a finished run is extended
         write_atomic(files.config, yaml.safe_dump(asdict(config), sort_keys=False))
         with warn_instead("patches"):
             save_figure(patches, files.patches)
@@ -209,7 +209,7 @@ def fit_and_test(
         recorder.draw()
     if not files.best.exists():
         raise InputError("the run ended before its first validation; set trainer.check_val_every_n_epoch=1")
-    # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test gets a classifier of its own.
+    # Trainer.test(ckpt_path=…) would reset the callbacks to the best epoch, so the test uses a separate classifier.
     tested = load_classifier(str(files.best))
     test = measure_test(tested, data, trainer) if config.test and len(data.indices["test"]) else {}
     if is_first():
@@ -231,7 +231,7 @@ def measure_test(classifier: ViTClassifier, data: ImageData, trainer: L.Trainer)
 
 
 def build_loggers(config: Config, run: Run, invocation: Invocation) -> list[Logger]:
-    """The loggers that were chosen; TensorBoard if called from Python."""
+    """Build the chosen loggers, or TensorBoard if called from Python."""
     # Points that were logged after the checkpoint are hidden, because the resumed run logs those steps again.
     if invocation.build is None:
         return [TensorBoardLogger(run.folder, name="", version="", default_hp_metric=False, purge_step=run.step)]
@@ -245,7 +245,7 @@ def build_loggers(config: Config, run: Run, invocation: Invocation) -> list[Logg
 def build_trainer(
     run: Run, data: ImageData, recorder: EpochRecorder, more: Sequence[L.Callback], loggers: Sequence[Logger]
 ) -> L.Trainer:
-    """Lightning's Trainer with the callbacks, the loggers and the checkpoints of a run."""
+    """Build Lightning's Trainer with the callbacks, loggers and checkpoints of a run."""
     config = run.config
     saver = Saver(run.files, config.save_minutes, recorder, data.arrays.digest if data.arrays else None)
     bars = [EpochBar()] if config.trainer.enable_progress_bar and sys.stdout.isatty() and is_first() else []
@@ -258,7 +258,7 @@ def build_trainer(
         logger.log_hyperparams(hyper_parameters(config))
     content, run.content = run.content, None  # freed once the Trainer has loaded it
     arguments = asdict(config.trainer)
-    for name in ("fast_dev_run", "overfit_batches"):  # TrainerConfig and open_data carry them out
+    for name in ("fast_dev_run", "overfit_batches"):  # TrainerConfig and open_data implement them
         del arguments[name]
     profiler = PROFILERS.get(config.trainer.profiler or "")
     return L.Trainer(
@@ -266,23 +266,23 @@ def build_trainer(
             **arguments,
             "max_steps": config.trainer.max_steps or -1,
             "profiler": profiler and profiler(dirpath=run.folder, filename="profile"),
-            "enable_progress_bar": False,  # EpochBar is one
+            "enable_progress_bar": False,  # EpochBar replaces it
             **placement(config),
         },
         default_root_dir=run.folder,
         logger=list(loggers) or False,
         callbacks=callbacks,
-        # With fsdp, Lightning reads checkpoints itself.
+        # With fsdp, Lightning reads the checkpoint itself.
         plugins=[VerifiedCheckpointIO(content if config.trainer.strategy != "fsdp" else None)],
         enable_model_summary=False,  # show_start prints one without the metrics
     )
 
 
 def check_limits(trainer: TrainerConfig, data: ImageData) -> None:
-    """Check that a share of the batches is at least one batch.
+    """Check that every limit given as a share of the batches is at least one batch.
 
     Raises:
-        InputError: if it is not.
+        InputError: if one is not.
     """
     for split in ("train", "val", "test"):
         key = f"limit_{split}_batches"

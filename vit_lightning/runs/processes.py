@@ -1,7 +1,7 @@
-"""Several processes that train one run, with a device each: what they agree on, and how Lightning starts them.
+"""Several processes that train one run, each with its own device: what they share, and how Lightning starts them.
 
-Lightning starts the other processes of this machine itself; with ``torchrun``, on one machine or several, all of them
-are started before.
+Lightning starts the other processes on this machine itself, except with ``torchrun``, which starts all of them, on one
+machine or several.
 """
 
 import os
@@ -18,7 +18,7 @@ from vit_lightning.keys import InputError
 
 
 def share_run_dir(run_dir: Path) -> Path:
-    """Return the first process's directory in every process: under ``torchrun`` each has been given its own."""
+    """Return the first process's directory in every process; under ``torchrun`` each process has its own."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return run_dir
     if not dist.is_initialized():
@@ -37,7 +37,7 @@ def placement(config: Config) -> dict[str, Any]:
     """Return Lightning's ``strategy``, ``devices`` and ``num_nodes``.
 
     Raises:
-        InputError: if batches cannot be divided among the processes, or these cannot find each other.
+        InputError: if batches cannot be divided among the processes, or the processes cannot find each other.
     """
     devices, nodes = count_devices(config)
     strategy: str | Strategy = "auto"
@@ -51,7 +51,7 @@ def placement(config: Config) -> dict[str, Any]:
 
 
 def count_devices(config: Config) -> tuple[int, int]:
-    """Return the number of devices per machine, and of machines.
+    """Return the number of devices per machine, and the number of machines.
 
     Raises:
         InputError: as :func:`placement`.

@@ -1,4 +1,4 @@
-"""What a run shows while it trains: a line for each epoch, 80 characters wide at most, a bar, and loggers' curves."""
+"""The output of a run in training: a line per epoch, at most 80 characters wide, a bar, and the loggers' curves."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -24,9 +24,9 @@ def describe_epoch(row: dict[str, float], epochs: int, limit: float, extra: str 
     """Summarise an epoch in one line.
 
     Args:
-        row: of ``metrics.csv``.
-        epochs: of the run.
-        limit: the most seconds that may be left.
+        row: a row of ``metrics.csv``.
+        epochs: number of epochs of the run.
+        limit: maximum number of seconds that may remain.
         extra: a metric to show besides loss and top-1, such as ``acc5``.
     """
     left = max(0, min(limit, row["seconds"] / row["epoch"] * (epochs - row["epoch"])))
@@ -48,7 +48,7 @@ def _width(epochs: int) -> int:
 
 
 class EpochBar(Callback):
-    """A bar for the epoch that is running, erased before its line is printed.
+    """A progress bar for the current epoch, erased before the epoch's line is printed.
 
     Lightning's own bars leave lines behind, count epochs from 0 and do not fit a terminal of 80 columns.
     """
@@ -57,7 +57,7 @@ class EpochBar(Callback):
         self._bar: Progress | None = None
 
     def _show(self, text: str, total: int, completed: int = 0) -> None:
-        """Start a new bar, in place of the one before."""
+        """Start a new bar in place of the previous one."""
         self._erase()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn())
         more = (TextColumn("{task.fields[loss]}"), TimeRemainingColumn(compact=True))
@@ -75,13 +75,13 @@ class EpochBar(Callback):
             self._bar.update(self._task, advance=1, **changes)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not zero in an epoch that is continued
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # not zero in a resumed epoch
         self._show(f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}", int(trainer.num_training_batches), done)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        every = 1 if outputs["loss"].is_cpu else 20  # reading a loss waits for the device
+        every = 1 if outputs["loss"].is_cpu else 20  # reading the loss waits for the device
         self._advance(**({"loss": f"loss {outputs['loss'].item():.3f}"} if batch_idx % every == 0 else {}))
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -110,7 +110,7 @@ class EpochBar(Callback):
 
 
 def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> None:
-    """Pass metrics to all loggers; TensorBoard's get the names by which it groups and sorts charts."""
+    """Pass metrics to all loggers; TensorBoard gets the names by which it groups and sorts charts."""
     for logger in trainer.loggers:
         renamed = isinstance(logger, TensorBoardLogger)
         logger.log_metrics({chart_of(name) if renamed else name: value for name, value in metrics.items()}, step)
@@ -119,8 +119,8 @@ def log_metrics(trainer: L.Trainer, metrics: Mapping[str, float], step: int) -> 
 def chart_of(name: str) -> str:
     """The name of a metric in TensorBoard, which sorts charts by it and opens on the first two groups.
 
-    These are ``accuracy`` and ``loss``, with training next to validation. The HParams tab shows the first five metrics,
-    so the best accuracy so far comes first; other results, which that tab takes from charts, come last.
+    These groups are ``accuracy`` and ``loss``, with training next to validation. The HParams tab shows the first five
+    metrics, so the best accuracy so far comes first; other results, which that tab takes from charts, come last.
     """
     stage, _, metric = name.partition("/")
     if name == "best/acc":

@@ -17,7 +17,7 @@ from vit_lightning.runs.callbacks import EpochRecorder, metrics_of
 from vit_lightning.runs.run import Run
 from vit_lightning.terminal import format_metric, label_of, print_table, relative
 
-UNEQUAL = 3  # how many times as many images as the smallest class the largest one has, to be worth a word
+UNEQUAL = 3  # ratio of the largest class to the smallest from which a run mentions it
 
 
 def summarise(
@@ -62,7 +62,7 @@ def describe_step(config: Config, processes: int) -> str:
 
 
 def describe_training(config: Config) -> str:
-    """What curves of the training are called: some settings make its loss another than that of the plain images."""
+    """The label of the training curves: with some settings, their loss is not that of the unmodified images."""
     reasons = {
         "mixed images": config.augment.mixup or config.augment.cutmix,
         "smoothed labels": config.optim.label_smoothing,
@@ -74,14 +74,14 @@ def describe_training(config: Config) -> str:
 
 
 def seconds_to_marks(rows: list[dict[str, float]]) -> dict[str, float]:
-    """Seconds of training, including validation, until ``val/acc`` first reached 5%, 10% and so on."""
+    """Seconds of training, including validation, until ``val/acc`` first reached 5%, 10%, and so on."""
     best = max(row.get("val/acc", 0.0) for row in rows)
     marks = [mark for mark in range(5, 101, 5) if mark <= 100 * best]
     return {f"{mark}%": next(row["seconds"] for row in rows if 100 * row.get("val/acc", 0.0) >= mark) for mark in marks}
 
 
 def unequal(counts: Tensor) -> bool:
-    """Whether the largest class has three times as many training images as the smallest, or more."""
+    """Whether the largest class has at least three times as many training images as the smallest."""
     return bool(counts.max() >= UNEQUAL * counts.min())
 
 
@@ -112,7 +112,7 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
         rows.append((name, " × ".join(map(str, parameter.shape[1:])), f"{parameter.numel():,}"))
     for name, parameters in zip(model.layer_names, model.param_nums, strict=True):
         if name.count(".") == 1 and name.startswith("net."):
-            size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list has no output
+            size = sizes[f"{name}.0" if name == "net.blocks" else name]  # a list has no output of its own
             rows.append((name.removeprefix("net."), " × ".join(map(str, size[1:])), f"{parameters:,}"))
     rows += [(), ("total", "", f"{model.total_parameters:,}")]
     title = f"ViT, {model.total_flops / 1e6:,.1f} MFLOP per image"
@@ -125,7 +125,7 @@ def show_results(summary: dict[str, Any], run: Run) -> None:
     metrics, monitor, rows = summary["metrics"], summary["config"]["monitor"], []
     names = [name.removeprefix("train/") for name in metrics if name.startswith("train/")]
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
-        if f"{split}/acc" in metrics:  # unlike with test=false
+        if f"{split}/acc" in metrics:  # test=false leaves out the test metrics
             values = (format_metric(key, metrics[f"{split}/{key}"]) for key in names)
             rows.append((name, f"{summary['images'][split]:,}", *values))
     by = "" if monitor == "val/acc" else f" by {monitor}"

@@ -1,4 +1,4 @@
-"""Which run a directory contains: a new one, an interrupted one to continue, or a finished one."""
+"""Find which run a directory contains: a new one, an interrupted one to continue, or a finished one."""
 
 import contextlib
 import json
@@ -21,7 +21,7 @@ from vit_lightning.recipe.weights import verify_checkpoint
 from vit_lightning.runs.checkpoints import latest_valid
 from vit_lightning.terminal import is_first, relative
 
-# The keys that may change when a run is resumed, because they change none of its numbers.
+# The keys that may change when a run is resumed, because they do not affect its results.
 MAY_CHANGE = {
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
@@ -42,7 +42,7 @@ class Run:
         files: its files.
         checkpoint: path of the checkpoint that it continues from; ``None`` if it starts from the beginning.
         content: the content of that checkpoint.
-        step: number of optimizer steps before that; ``None`` for a new run.
+        step: number of optimizer steps before the checkpoint; ``None`` for a new run.
         result: its best value of ``config.monitor``, if it is finished.
     """
 
@@ -66,7 +66,7 @@ def lock_run(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[
     Args:
         config: the configuration; ``config.resume`` may name the run's directory.
         run_dir: a new directory, or that of the same run, started earlier.
-        invocation: tells which keys were set on the command line.
+        invocation: the invocation, which tells which keys were set on the command line.
 
     Raises:
         InputError: if there is no such run, it cannot be continued, or another process is writing to it.
@@ -74,7 +74,7 @@ def lock_run(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[
     """
     if config.resume is not None:
         with contextlib.suppress(OSError):
-            run_dir.rmdir()  # Hydra has made it for a new run; fails, as it should, if it is not empty
+            run_dir.rmdir()  # created by Hydra for a new run; rmdir intentionally fails if it is not empty
         run_dir = Path(config.resume).expanduser()
         if not RunFiles(run_dir).config.exists():
             raise InputError(f"resume={config.resume} is not the directory of a run, such as outputs/…")
@@ -98,7 +98,7 @@ def lock_run(config: Config, run_dir: Path, invocation: Invocation) -> Iterator[
 
 
 def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
-    """The run of ``config.resume``; or the one in ``run_dir``, which is new if there is none.
+    """Find the run of ``config.resume``, or else the one in ``run_dir``, or a new one if there is none.
 
     Raises:
         InputError: if the directory contains another run, or one that cannot be continued.
@@ -114,13 +114,13 @@ def find_run(config: Config, run_dir: Path, invocation: Invocation) -> Run:
         hint = "choose a new hydra.run.dir (in a sweep hydra.sweep.dir) or remove that setting"
         raise InputError(f"{relative(run_dir)} contains another run; {hint}")
     if files.summary.exists():
-        # A run may leave out validation.
+        # A run without validation has no such metric.
         return Run(config, files, result=read_summary(files)["metrics"].get(config.monitor, math.nan))
     return find_checkpoint(config, saved, files)
 
 
 def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run:
-    """The run of ``config.resume`` with its own configuration, and what ``config`` changes of it.
+    """Find the run of ``config.resume``, with its own configuration updated by what ``config`` changes.
 
     Raises:
         InputError: if the run is finished, cannot be continued, or ``config`` sets a key that may not change.
@@ -133,7 +133,7 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
     if other:
         own = ", ".join(f"{key}={theirs[key]}" for key in other)
         raise InputError(f"a resumed run keeps its configuration ({own}); remove {', '.join(other)}")
-    if ours["callbacks"] != theirs["callbacks"]:  # callbacks that a run's file names are never built
+    if ours["callbacks"] != theirs["callbacks"]:  # callbacks named in a run's file are never built
         names = f"callbacks=[{','.join(saved.callbacks)}]"
         raise InputError(f"resume={config.resume} was trained with {names}; set them, with the same settings")
     for key, amount in (
@@ -167,13 +167,13 @@ def find_resumed(config: Config, files: RunFiles, invocation: Invocation) -> Run
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """All keys as they are typed, except the loggers, which may always change."""
+    """All keys, as they are typed, except the loggers, which may always change."""
     groups = {name: value for name, value in asdict(config).items() if name not in ("callbacks", "logger")}
     return {**flatten(groups), "callbacks": config.callbacks}
 
 
 def seconds(time: str | None) -> float:
-    """``trainer.max_time``, as days:hours:minutes:seconds, in seconds; infinite if there is no limit."""
+    """Convert ``trainer.max_time`` (days:hours:minutes:seconds) to seconds; infinite if there is no limit."""
     if time is None:
         return math.inf
     days, hours, minutes, rest = map(int, time.split(":"))
@@ -183,9 +183,10 @@ def seconds(time: str | None) -> float:
 def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
     """The keys that a command line sets, by name or with a file of a group.
 
-    A file of a group sets the keys of that group; of those that may change, ``data`` only those that differ from their
-    default, so that the run keeps its directories. ``trainer`` sets those that may change and those that differ from
-    their default, another group (``experiment``) or a caller from Python whatever differs from its default.
+    A file of a group sets the keys of that group, with these exceptions. ``data``: of the keys that may change, only
+    those that differ from their default, so that the run keeps its directories. ``trainer``: only keys that may change
+    or differ from their default. Another group (``experiment``) or a caller from Python sets all keys that differ from
+    their default.
     """
     default = settings_of(Config())
     changed = {key for key in ours if ours[key] != default[key]}
@@ -203,15 +204,15 @@ def keys_set(ours: dict[str, Any], invocation: Invocation) -> set[str]:
 
 
 def find_checkpoint(config: Config, saved: Config, files: RunFiles) -> Run:
-    """A run that continues from its latest valid checkpoint; later ones are named on standard error.
+    """Return a run that continues from its latest valid checkpoint; newer, corrupt ones are reported on stderr.
 
     Args:
         config: the configuration to continue with.
         saved: the configuration in the run's directory.
-        files: of the run.
+        files: the run's files.
 
     Raises:
-        InputError: if all checkpoints are corrupt, they are not of this run, or its best weights are lost.
+        InputError: if all checkpoints are corrupt, they belong to another run, or the best weights are lost.
     """
     checkpoint, content, problems = latest_valid(files)
     if checkpoint is None:
@@ -221,7 +222,7 @@ def find_checkpoint(config: Config, saved: Config, files: RunFiles) -> Run:
     if is_first():
         for problem in problems:
             print(f"warning: {problem}; continuing from {relative(checkpoint)}", file=sys.stderr)
-        if problems:  # the next checkpoint would otherwise replace the valid one by this one
+        if problems:  # otherwise, the next save would replace the valid one with it
             files.last.replace(files.damaged)
     check_same_config(saved, content, files, checkpoint)
     check_best(content, files, checkpoint)
@@ -232,14 +233,14 @@ def check_same_config(saved: Config, content: dict[str, Any], files: RunFiles, c
     """Check that a run's ``config.yaml`` is the one that its checkpoint was trained with.
 
     Raises:
-        InputError: if it was edited, or the checkpoint is another run's.
+        InputError: if the file was edited, or the checkpoint belongs to another run.
     """
     ours, theirs = asdict(saved), content.get("hyper_parameters", {})
     try:
         trained = {
             name: asdict(section(**theirs[name])) for name, section in sections(Config).items() if theirs.get(name)
         }
-    except TypeError as error:  # a key was renamed since
+    except TypeError as error:  # a key has since been renamed
         raise InputError(f"{relative(checkpoint)} is of another version; {version_hint(files)}") from error
     if "seed" in theirs:
         trained["seed"] = theirs["seed"]
@@ -253,10 +254,10 @@ def check_same_config(saved: Config, content: dict[str, Any], files: RunFiles, c
 
 
 def check_best(content: dict[str, Any], files: RunFiles, checkpoint: Path) -> None:
-    """Check that the best weights so far are there, before a run continues that will test them.
+    """Check that the best weights so far exist, before continuing a run that will test them.
 
     Raises:
-        InputError: if they are not.
+        InputError: if they do not.
     """
     rows = content.get("callbacks", {}).get("EpochRecorder", {}).get("rows", [])
     if not any("val/acc" in row for row in rows):
@@ -275,7 +276,7 @@ def check_same_data(run: Run, data: ImageData) -> None:
     """Check that the images are those that the run started with.
 
     Raises:
-        InputError: if the classes, the images' digest, or if that is unknown their mean or deviation have changed.
+        InputError: if the classes or the images' digest (if unknown, their mean or standard deviation) have changed.
     """
     assert run.content is not None
     theirs = run.content.get("hyper_parameters", {})
@@ -296,7 +297,7 @@ def check_same_data(run: Run, data: ImageData) -> None:
 
 
 def read_config(files: RunFiles) -> Config:
-    """Read the configuration of a run; keys that it lacks, because they are newer than the run, have their default.
+    """Read the configuration of a run; keys that are newer than the run get their default.
 
     Raises:
         InputError: if the file cannot be read, is not a configuration, or has keys that this version does not know.
@@ -324,7 +325,7 @@ def read_summary(files: RunFiles) -> dict[str, Any]:
     """Read the record of a finished run.
 
     Raises:
-        InputError: if it is damaged.
+        InputError: if it is corrupt.
     """
     try:
         summary = json.loads(files.summary.read_text(encoding="utf-8"))
@@ -336,7 +337,7 @@ def read_summary(files: RunFiles) -> dict[str, Any]:
 
 
 def version_hint(files: RunFiles) -> str:
-    """What to do about a run of another version, with the commit that made it if that is recorded."""
+    """What to do about a run from another version, with the commit that it was made with, if recorded."""
     _, content, _ = latest_valid(files)
     starts = content.get("callbacks", {}).get("EpochRecorder", {}).get("starts") or [{}]
     commit = str(starts[-1].get("git_commit") or "").partition("+")[0]
@@ -345,6 +346,6 @@ def version_hint(files: RunFiles) -> str:
 
 
 def follow_saved(config: Config, saved: Config) -> Config:
-    """``config`` with the classes and channels of ``saved``, where it leaves them to the data."""
+    """Fill in the classes and channels that ``config`` leaves to the data from ``saved``."""
     followed = {key: getattr(saved.model, key) for key in ("num_classes", "channels") if not getattr(config.model, key)}
     return replace(config, model=replace(config.model, **followed))

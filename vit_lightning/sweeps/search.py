@@ -35,22 +35,22 @@ COMPLETE, PRUNED = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRU
 
 
 def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
-    """Train one trial after another, each with values that the study proposes, until trials or time are used up.
+    """Train one trial after another, with values proposed by the study, until trials or time are used up.
 
     Trials are in ``run_dir``, the study in its storage. Any number of processes may work on one study at once. A
-    search that is started again continues it, and a trial whose process died is continued where it stopped.
+    restarted search continues its study, and a trial whose process died continues where it stopped.
 
     Returns:
         The best value of ``config.monitor``.
 
     Raises:
-        InputError: if the storage cannot be opened, or has the study with other settings, or no trial finished.
-        MachineError: if a trial cannot be written, or one of its processes dies: the next trial would fail too.
+        InputError: if the storage cannot be opened, its study has other settings, or no trial finished.
+        MachineError: if a trial cannot be written, or one of its processes dies; the next trial would fail too.
     """
     assert invocation.overrides is not None
     assert invocation.compose is not None
     overrides, compose = invocation.overrides, invocation.compose
-    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a trial that fails ends the search with its own message
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # a failed trial ends the search with its own message
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     base = [item for item in overrides if not item.lstrip("+~").startswith(("search.", "space"))]
     study = open_study(config, base, run_dir)
@@ -58,7 +58,7 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
     def objective(trial: optuna.Trial) -> float:
         study.sampler = build_sampler(config.search, trial.number)
         directory = trial.user_attrs.get("directory", f"trial-{trial.number:04}")
-        trial.set_user_attr("directory", directory)  # a trial that replaces a dead one inherits it, and continues there
+        trial.set_user_attr("directory", directory)  # a trial that replaces a dead one inherits its directory
         values = typed({key: suggest(trial, key, domain) for key, domain in config.space.items()})
         print(f"trial {trial.number}: {' '.join(values)}", flush=True)
         done = study.get_trials(deepcopy=False, states=(COMPLETE, PRUNED))
@@ -84,7 +84,7 @@ def search(config: SearchRun, run_dir: Path, invocation: Invocation) -> float:
             return train(trial_config, run_dir / directory, report, Invocation(command, own))
         except MachineError:
             raise
-        except InputError as error:  # the values are not valid together
+        except InputError as error:  # this combination of values is invalid
             print(f"trial {trial.number}: {error}", flush=True)
             raise optuna.TrialPruned from error
 
@@ -117,19 +117,19 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Stud
     """Open the study in its storage, or create it.
 
     Raises:
-        InputError: if the storage cannot be opened, or has the study with other settings.
+        InputError: if the storage cannot be opened, or its study has other settings.
     """
     settings = config.search
     direction = optuna.study.StudyDirection[f"{mode_of(config.monitor).upper()}IMIZE"]
     url = settings.storage or f"sqlite:///{run_dir / 'study.db'}"
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # waits for another worker's write
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}  # wait for other workers' writes
     pruner = (
         optuna.pruners.MedianPruner(n_startup_trials=settings.startup, n_warmup_steps=settings.warmup)
         if settings.prune
         else optuna.pruners.NopPruner()
     )
     try:
-        with FileLock(run_dir / ".study.lock"):  # if two workers start at once, one creates the tables
+        with FileLock(run_dir / ".study.lock"):  # if workers start at once, only one creates the tables
             storage = optuna.storages.RDBStorage(
                 url,
                 engine_kwargs=options,
@@ -155,7 +155,7 @@ def open_study(config: SearchRun, base: list[str], run_dir: Path) -> optuna.Stud
 
 
 def build_sampler(settings: SearchConfig, number: int) -> optuna.samplers.BaseSampler:
-    """The sampler of one trial: its seed follows from the trial's number, so no start or worker repeats another's."""
+    """Build the sampler of a trial, seeded by the trial's number, so that no restart or worker repeats another's."""
     seed = settings.seed
     if seed is not None:
         seed = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -173,13 +173,13 @@ def suggest(trial: optuna.Trial, key: str, domain: dict[str, Any]) -> Any:
 
 
 def typed(values: dict[str, Any]) -> list[str]:
-    """Values of keys as overrides: strings are quoted unless Hydra reads them as they are."""
+    """Format values of keys as overrides; strings are quoted unless Hydra reads them unchanged."""
     overrides = []
     for key, value in values.items():
         text = "null" if value is None else str(value)
         plain = re.fullmatch(r"(?!(?:null|true|false|nan|inf)$)[a-z_][\w./-]*", text, re.IGNORECASE | re.ASCII)
         if isinstance(value, str) and not plain:
-            # Hydra takes a backslash literally unless a quote follows the run of backslashes that it belongs to.
+            # Hydra reads backslashes literally unless a quote follows them.
             text = re.sub(r"(\\*)('|\Z)", lambda match: 2 * match[1] + (r"\'" if match[2] else ""), text)
             text = f"'{text}'"
         overrides.append(f"{key}={text}")
@@ -209,13 +209,13 @@ def show(study: optuna.Study, monitor: str, base: list[str], run_dir: Path) -> N
 
 
 def draw(plot: Callable[..., Axes], study: optuna.Study, target: str, title: str, path: Path) -> None:
-    """Save one of Optuna's figures, which it draws with pyplot and in a global style, and print its path."""
+    """Save one of Optuna's figures, which are drawn with pyplot in a global style, and print its path."""
     with warn_instead(path.stem), plt.rc_context():
-        plt.switch_backend("Agg")  # opens no window
+        plt.switch_backend("Agg")  # does not open a window
         axes = plot(study, target_name=target)
         figure = plt.gcf()
         plt.close()
-        axes.set_title("")  # Optuna's own
+        axes.set_title("")  # removes Optuna's title
         figure.set_layout_engine("constrained")
         figure.suptitle(f"{title}\n{shorten(study.study_name, 56)}", parse_math=False)
         save_figure(figure, path)

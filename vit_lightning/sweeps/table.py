@@ -1,4 +1,4 @@
-"""The table of a sweep. Runs that differ only in seed or fold are one row: the mean and standard deviation of each."""
+"""The table of a sweep. Runs that differ only in seed or fold form one row, with their mean and standard deviation."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ AVERAGED = ("samples", "seconds", "images/s")
 
 
 def read_run(path: Path) -> dict[str, Any] | None:
-    """What the table shows of a run's ``summary.json``; ``None``, with a warning, if the file is not one."""
+    """Read what the table shows from a run's ``summary.json``; ``None``, with a warning, if the file is invalid."""
     try:
         run = json.loads(path.read_text(encoding="utf-8"))
         metrics = {name: float(value) for name, value in run["metrics"].items() if name.startswith("val/")}
@@ -40,10 +40,10 @@ def read_run(path: Path) -> dict[str, Any] | None:
 
 
 def summarise(directory: Path) -> list[dict[str, Any]]:
-    """A row for each setting, the best one first.
+    """Return a row for each setting, the best first.
 
     Args:
-        directory: of a sweep; every ``summary.json`` below it is a run.
+        directory: directory of a sweep; every ``summary.json`` below it is a run.
 
     Returns:
         ``setting`` (the overrides that not all runs share, except seed and fold), ``runs`` (their number), ``monitor``
@@ -81,9 +81,9 @@ def summarise(directory: Path) -> list[dict[str, Any]]:
 
 
 def draw_sweep(rows: Sequence[Mapping[str, Any]], title: str = "Validation by setting") -> Figure:
-    """The monitored metric of each setting of a sweep: its runs, their mean and standard deviation; the best on top.
+    """Draw the monitored metric of each setting of a sweep: its runs, mean and standard deviation; the best on top.
 
-    A dotted line marks the mean of the setting ``base``, as in ``ablation=base``, where there is one.
+    A dotted line marks the mean of the setting ``base``, as in ``ablation=base``, if there is one.
 
     Args:
         rows: from :func:`summarise`.
