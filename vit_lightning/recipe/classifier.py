@@ -28,7 +28,7 @@ from vit_lightning.recipe.optim import build_optimizer, build_schedule, freeze
 
 
 class ViTClassifier(L.LightningModule):
-    """A Vision Transformer from uint8 images to logits, trained with cross-entropy.
+    """A Vision Transformer from uint8 images to logits, trained with a registered loss.
 
     Every argument is a plain container that is saved in the checkpoint: ``ViTClassifier.load_from_checkpoint(path)``
     needs nothing else.

@@ -163,7 +163,7 @@ def build_sampler(settings: SearchConfig, number: int) -> optuna.samplers.BaseSa
 
 
 def suggest(trial: optuna.Trial, key: str, domain: dict[str, Any]) -> Any:
-    """The study's value for one key of the space, whose domain :class:`~vit_lightning.config.SearchRun` has checked."""
+    """The value that the study proposes for a key; :class:`~vit_lightning.schemas.SearchRun` has checked its domain."""
     if "choices" in domain:
         return trial.suggest_categorical(key, domain["choices"])
     low, high, log, step = domain["low"], domain["high"], domain.get("log", False), domain.get("step")
