@@ -96,7 +96,8 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
         for split, name in (("train", "training"), ("val", "validation"), ("test", "test"))
     )
     machine, device = hardware(), trainer.strategy.root_device
-    name = {"cpu": f"{machine['cpu']}, {machine['threads']} threads", "cuda": machine["gpu"]}.get(device.type, device)
+    threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
+    name = {"cpu": f"{machine['cpu']}, {threads}", "cuda": machine["gpu"]}.get(device.type, device)
     print(f"{config.data.source}: {counts} images of {len(data.class_names)} classes\ndevice: {name}")
     if trainer.world_size > 1:
         print(describe_step(config, trainer.world_size))
