@@ -285,6 +285,7 @@ def test_a_signal_saves_a_run_that_then_ends_as_if_there_had_been_none(start, wh
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(start, tmp_path):
     """While the first one waits for the end of a validation that takes its time."""
     script = (
@@ -346,6 +347,7 @@ def test_a_full_disk_ends_a_run_that_can_be_continued(start, whole, small_disk, 
     assert_same_run(run, whole)
 
 
+@pytest.mark.slow
 def test_a_directory_that_turns_read_only_ends_a_run(tmp_path):
     bound = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
     if bound and not shutil.which("setpriv"):
@@ -385,6 +387,7 @@ def test_a_loss_of_nan_stops_the_run_and_says_where(start):
     assert all(value.isfinite().all() for value in weights.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

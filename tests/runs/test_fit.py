@@ -386,6 +386,7 @@ def test_exhausted_memory_says_what_to_reduce(tmp_path, monkeypatch):
         train(composed("data=digits", "model.mlp_head_units=[1000000000000000]"), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_while_its_figures_are_drawn_is_finished(start):
     script = (
         "import os, runpy; from vit_lightning.runs.dashboard import Dashboard\n"
@@ -439,6 +440,7 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(start, tmp_path):
 RECIPE = ["optim=muon", "augment=crop", "augment.mixup=0.2", "model.pool=mean", "model.zero_init=true"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     """Killed between two epochs; also with two optimizers, an average of the weights and mixed images."""
     arguments = ["data=digits", *SMALL, *RECIPE, "trainer.max_epochs=4", "data.batch_size=256"]
@@ -471,6 +473,7 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(start):
     assert theirs["resumed"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("limits", "refused", "more"),
     [
