@@ -288,7 +288,7 @@ class StopAtNaN(Callback):
         if not (loss.is_cpu or trainer.global_step % self.every == 0 or trainer.is_last_batch):
             return
         finite = bool(loss.isfinite())
-        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # the same decision in all processes
+        if trainer.strategy.reduce_boolean_decision(finite, all=True):  # all processes decide alike
             return
         report = None if finite else self._report(trainer, pl_module, loss, batch_idx)
         reports = [report] * trainer.world_size

@@ -21,8 +21,7 @@ from vit_lightning.recipe.weights import verify_checkpoint
 from vit_lightning.runs.checkpoints import latest_valid
 from vit_lightning.terminal import is_first, relative
 
-# The keys that may change when a run is resumed, because they do not affect its results.
-MAY_CHANGE = {
+MAY_CHANGE = {  # when a run is resumed, because these keys do not affect its results
     *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
     *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
     *("data.root", "data.cache_dir", "data.cache_gb", "data.eval_batch_size", "data.workers"),
