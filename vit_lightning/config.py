@@ -7,7 +7,7 @@ mistakes are reported immediately.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from vit_lightning import register
@@ -21,6 +21,15 @@ IMPORTS = "Your own modules or .py files, which register parts: one, or a list."
 FOREIGN = ("timm:", "hf:")  # prefixes of the names of other libraries' networks
 TOP5_ABOVE = 10  # top-5 is measured above this number of classes; otherwise it covers half of them or more
 TRACEBACK = "Show the traceback of a mistake."
+MAY_CHANGE = {  # when a run is resumed, because these keys do not affect its results
+    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
+    *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
+    *("data.root", "data.cache_dir", "data.cache_gb", "data.eval_batch_size", "data.workers"),
+    *("compile", "test", "save_minutes", "traceback", "imports"),
+    *(f"dashboard.{field.name}" for field in fields(DashboardConfig)),
+}
+# The keys that may be raised when a run is resumed.
+MAY_GROW = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "target_acc", "target_acc5")
 
 
 @dataclass(slots=True)

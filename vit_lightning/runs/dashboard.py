@@ -21,7 +21,7 @@ from torch.utils.tensorboard import SummaryWriter, summary
 from vit_lightning.analysis.attention import attention_maps, attention_rollout, on_patches, position_similarity
 from vit_lightning.analysis.figures import draw_attention, draw_images, draw_position_similarity, name_run, shorten
 from vit_lightning.analysis.predictions import FIGURES, Predictions, predict_split
-from vit_lightning.config import Config
+from vit_lightning.config import MAY_CHANGE, Config
 from vit_lightning.data.folder import as_text
 from vit_lightning.data.images import decode_image
 from vit_lightning.data.module import ImageData
@@ -31,7 +31,6 @@ from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.metrics import measures_top5, quality
 from vit_lightning.recipe.optim import total_norm
 from vit_lightning.runs.progress import log_metrics
-from vit_lightning.runs.run import MAY_CHANGE
 from vit_lightning.terminal import relative, warn_instead
 
 # One chart for training and validation, in the custom-scalars tab.

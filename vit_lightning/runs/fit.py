@@ -37,7 +37,7 @@ from vit_lightning.recipe.weights import follow_weights, load_classifier, start_
 from vit_lightning.runs.callbacks import EpochRecorder, Report, StopAtNaN, StopAtTarget, WeightAverage
 from vit_lightning.runs.checkpoints import Saver, VerifiedCheckpointIO, resume_hint
 from vit_lightning.runs.dashboard import Dashboard, hyper_parameters, run_name
-from vit_lightning.runs.processes import check_splits, placement, share_run_dir
+from vit_lightning.runs.processes import count_devices, placement, share_run_dir
 from vit_lightning.runs.progress import EpochBar
 from vit_lightning.runs.report import describe_step, describe_training, show_results, show_start, summarise, unequal
 from vit_lightning.runs.run import Run, check_same_data, lock_run
@@ -218,7 +218,7 @@ def fit_and_test(
         write_atomic(files.summary, json.dumps(summary, indent=2) + "\n")  # from here on the run is finished
         best = load_classifier(str(files.best)) if config.trainer.strategy == "fsdp" else tested  # fsdp shards tested
         dashboard.show_best(best.to(trainer.strategy.root_device), trainer, summary)
-        show_results(summary, run)
+        show_results(summary, files)
     return recorder.best.get(config.monitor, math.nan)
 
 
@@ -292,6 +292,19 @@ def check_limits(trainer: TrainerConfig, data: ImageData) -> None:
         loader = data.train_dataloader() if split == "train" else data.eval_dataloader(split)
         if isinstance(limit, float) and int(limit * len(loader)) == 0:
             raise InputError(f"trainer.{key}={limit} rounds down to 0 of {len(loader)} batches; use trainer.{key}=1")
+
+
+def check_splits(config: Config, data: ImageData) -> None:
+    """Check that every process gets a validation and a test image.
+
+    Raises:
+        InputError: if one would not.
+    """
+    devices, nodes = count_devices(config)
+    for split in ("val", "test"):
+        count = len(data.indices[split])
+        if 0 < count < devices * nodes:
+            raise InputError(f"{devices * nodes} processes need as many {split} images, and there are {count}")
 
 
 def patches_of(data: ImageData, patch_size: int) -> Figure:

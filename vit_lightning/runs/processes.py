@@ -13,7 +13,6 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 
 from vit_lightning.config import Config
-from vit_lightning.data.module import ImageData
 from vit_lightning.keys import InputError
 
 
@@ -72,19 +71,6 @@ def count_devices(config: Config) -> tuple[int, int]:
         devices = max(1, torch.cuda.device_count())
     config.check_processes(devices * nodes)
     return devices, nodes
-
-
-def check_splits(config: Config, data: ImageData) -> None:
-    """Check that every process gets a validation and a test image.
-
-    Raises:
-        InputError: if one would not.
-    """
-    devices, nodes = count_devices(config)
-    for split in ("val", "test"):
-        count = len(data.indices[split])
-        if 0 < count < devices * nodes:
-            raise InputError(f"{devices * nodes} processes need as many {split} images, and there are {count}")
 
 
 def lost_process(error: Exception) -> bool:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from vit_lightning.config import Config
 from vit_lightning.data.module import ImageData
+from vit_lightning.files import RunFiles
 from vit_lightning.provenance import hardware
 from vit_lightning.recipe.classifier import ViTClassifier
 from vit_lightning.recipe.metrics import mode_of
 from vit_lightning.runs.callbacks import EpochRecorder, metrics_of
-from vit_lightning.runs.run import Run
 from vit_lightning.terminal import format_metric, label_of, print_table, relative
 
 UNEQUAL = 3  # ratio of the largest class to the smallest from which a run mentions it
@@ -121,7 +121,7 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
     return str(model)
 
 
-def show_results(summary: dict[str, Any], run: Run) -> None:
+def show_results(summary: dict[str, Any], files: RunFiles) -> None:
     """Print the final metrics, the paths of the run's files, and how to open its dashboard."""
     metrics, monitor, rows = summary["metrics"], summary["config"]["monitor"], []
     names = [name.removeprefix("train/") for name in metrics if name.startswith("train/")]
@@ -136,8 +136,7 @@ def show_results(summary: dict[str, Any], run: Run) -> None:
         f"{summary['parameters']:,} parameters, {summary['samples_seen']:,} training images seen "
         f"in {summary['seconds']:.0f} s ({summary['train/images_per_second']:,.0f} images/s)"
     )
-    files = run.files
     paths = {"checkpoint": files.best, "curves": files.curves, "patches": files.patches, "record": files.summary}
     for name, path in paths.items():
         print(f"{name:<12}{relative(path)}")
-    print(f"{'dashboard':<12}tensorboard --logdir {relative(run.folder.parent)}")
+    print(f"{'dashboard':<12}tensorboard --logdir {relative(files.folder.parent)}")

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,23 +13,13 @@ import yaml
 from filelock import FileLock, Timeout
 
 from vit_lightning import register
-from vit_lightning.config import Config, DashboardConfig
+from vit_lightning.config import MAY_CHANGE, MAY_GROW, Config
 from vit_lightning.data.module import ImageData
 from vit_lightning.files import RunFiles, cannot_write
 from vit_lightning.keys import InputError, Invocation, MachineError, flatten, sections
 from vit_lightning.recipe.weights import verify_checkpoint
 from vit_lightning.runs.checkpoints import latest_valid
 from vit_lightning.terminal import is_first, relative
-
-MAY_CHANGE = {  # when a run is resumed, because these keys do not affect its results
-    *("trainer.accelerator", "trainer.strategy", "trainer.devices", "trainer.enable_progress_bar"),
-    *("trainer.profiler", "trainer.detect_anomaly", "trainer.inference_mode", "trainer.num_sanity_val_steps"),
-    *("data.root", "data.cache_dir", "data.cache_gb", "data.eval_batch_size", "data.workers"),
-    *("compile", "test", "save_minutes", "traceback", "imports"),
-    *(f"dashboard.{field.name}" for field in fields(DashboardConfig)),
-}
-# The keys that may be raised when a run is resumed.
-MAY_GROW = ("trainer.max_epochs", "trainer.max_steps", "trainer.max_time", "target_acc", "target_acc5")
 
 
 @dataclass(slots=True)
