@@ -62,7 +62,7 @@ LINES = [
     ("train", "--epochs 3", "--epochs is not an option; write trainer.max_epochs=3"),
     ("train", "--lr=1e-3", "--lr is not an option; write optim.lr=1e-3"),
     ("train", "--verbose", "--verbose is not an option; settings are written key=value, as in seed=1"),
-    ("train", "--cfg", "--cfg needs what to print; write --cfg job"),
+    ("train", "--cfg", "--cfg needs an argument; write --cfg job"),
     ("train", "+experiment=quickstart", "experiment is a group; write experiment=quickstart"),
     (
         "train",

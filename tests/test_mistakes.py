@@ -183,8 +183,16 @@ RUNS = [
     ("evaluate", "checkpoint={folders}/photo.png", "photo.png is not a checkpoint"),
     ("evaluate", "checkpoint={run} data=image_folder data.root={folders}/good", "has a class a that the checkpoint"),
     ("predict", "checkpoint={run} images=nowhere.png", "images=nowhere.png does not exist; name pictures"),
-    ("predict", "checkpoint={run} images={folders}/empty", "no picture was read; images= takes files, directories"),
-    ("predict", "checkpoint={run} images={folders}/text/train/a/0.png", "no picture was read; images= takes files"),
+    (
+        "predict",
+        "checkpoint={run} images={folders}/empty",
+        "no picture could be read; images= takes files, directories",
+    ),
+    (
+        "predict",
+        "checkpoint={run} images={folders}/text/train/a/0.png",
+        "no picture could be read; images= takes files",
+    ),
     ("export", "checkpoint=nowhere", "checkpoint=nowhere does not exist"),
     ("search", "search.storage=nosuch://x", "search.storage=nosuch://x cannot be opened as the storage of a study"),
 ]
@@ -192,9 +200,9 @@ FOLDERS = [
     ("nowhere", "nowhere is not a directory"),
     ("photo.png", "photo.png is not a directory"),
     ("no_test", "data.split=blog cannot split 0 test image(s) 70/30; use data.split=standard"),
-    ("one_class", "has one class of training images; a classifier needs two or more"),
-    ("empty_class", "train/b has no picture; add some or remove it"),
-    ("new_class", "has test images of a class c without training images"),
+    ("one_class", "has training images of only one class; a classifier needs at least two"),
+    ("empty_class", "train/b contains no pictures; add some or remove it"),
+    ("new_class", "has test images of class c, but no training images of it"),
     ("no_classes", "has no class folder; put images into <class>/ below it"),
     ("truncated", "train/a/000.png cannot be read"),
     ("text", "train/a/0.png cannot be read (not an image); fix or remove them, or set data.skip_unreadable=true"),
@@ -278,7 +286,7 @@ def said(capsys, monkeypatch, cwd: Path, name: str, *arguments: str) -> str:
     [line] = end.value.code.splitlines()
     assert line.startswith("error: ")
     before = capsys.readouterr().err.splitlines()
-    assert len(before) == (name == "predict" and "no picture was read" in line)
+    assert len(before) == (name == "predict" and "no picture could be read" in line)
     for unreadable in before:
         assert unreadable.startswith("error: ")
         assert arguments[-1].removeprefix("images=") in unreadable

@@ -40,7 +40,7 @@ def check_options(typed: list[str], schema: type) -> None:
             hint = f"write {meant}={value}" if meant else "settings are written key=value, as in seed=1"
             raise InputError(f"{option} is not an option; {hint}")
         if option in ("--cfg", "-c") and not {value, *typed[number + 1 : number + 2]} & {"job", "hydra", "all"}:
-            raise InputError(f"{option} needs what to print; write {option} job")
+            raise InputError(f"{option} needs an argument; write {option} job")
 
 
 def check_overrides(arguments: list[str], schema: type) -> list[str]:

@@ -169,7 +169,7 @@ class SweepEnd(Callback):
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         directory = Path(config.hydra.sweep.dir)
         if not any(directory.glob("*/")):
-            sys.exit("error: the sweep has no jobs; a glob that matches no option gives none")
+            sys.exit("error: the sweep has no jobs: its glob matches no option")
         if any(directory.rglob(SUMMARY)):
             try:
                 guard.load("vit_lightning.sweeps.table:show")(directory)

@@ -121,20 +121,20 @@ class DataConfig:
     name: str | None = key(None, "Data set of torchvision or huggingface, such as Flowers102.")
     skip_unreadable: bool = key(False, "Leave out pictures that cannot be read, instead of naming them in an error.")
     cache_dir: str = key("data/cache", "Directory of the decoded images (uint8 arrays, memory-mapped).")
-    cache_gb: float | None = key(None, "Disk that the shards downloaded by source=stream may take there, in GB; null "
-                                 "keeps all.", above=0)  # fmt: skip
-    stored_size: int | None = key(None, "Side at which pictures are kept, in pixels; null keeps square "
-                                  "images of one size up to 256, and others at model.image_size.", low=1)  # fmt: skip
+    cache_gb: float | None = key(None, "Maximum disk space in data.cache_dir for shards that source=stream downloads, "
+                                 "in GB; null keeps all.", above=0)  # fmt: skip
+    stored_size: int | None = key(None, "Side at which pictures are stored, in pixels; null keeps square images "
+                                  "of one size up to 256, and stores others at model.image_size.", low=1)  # fmt: skip
     split: str = key("blog", "blog splits the test images 70/30 into validation and test; standard holds validation "
                      "images out of the training images, class by class.", choices=("blog", "standard"))  # fmt: skip
     val_fraction: float = key(0.1, "Share of the training images that split=standard holds out.", above=0, below=1)
     folds: int | None = key(None, "Number of parts of a cross-validation of the training images; needs split=standard.",
                             low=2)  # fmt: skip
-    fold: int = key(0, "Which of them is validated, from 0; data.fold=0,1,2,3,4 with -m for all of five.", low=0)
+    fold: int = key(0, "The part to validate on, from 0; -m data.fold=0,1,2,3,4 runs all of five.", low=0)
     split_seed: int = key(42, "Seed of the split, independent of seed.", low=0, high=SEED)
     batch_size: int = key(32, "Training images per step, over all devices.", low=1)
     eval_batch_size: int = key(256, "Images per step in validation and test.", low=1)
-    sampler: str = key("shuffle", "The training images of an epoch: each once; or, with balanced, as many, drawn with "
+    sampler: str = key("shuffle", "shuffle uses each training image once per epoch; balanced draws as many with "
                        "replacement, each class equally often.", choices=("shuffle", "balanced"))  # fmt: skip
     workers: int = key(0, "Processes that load batches; 0 loads in the training process.", low=0)
     options: dict[str, Any] = key(dict, "Settings of registered sources, by their name.")

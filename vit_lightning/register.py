@@ -144,7 +144,9 @@ def check_options(prefix: str, options: dict[str, Any], *registries: Registry) -
         if registry is None:
             raise InputError(f"{prefix}options.{name} is not a registered part; see imports=")
         if not isinstance(values, dict):
-            raise InputError(f"{prefix}options.{name}={values} must be settings, as in {prefix}options.{name}.x=1")
+            raise InputError(
+                f"{prefix}options.{name}={values} must be a mapping of settings, as in {prefix}options.{name}.x=1"
+            )
         if name not in list(registry):
             continue  # a library's class checks its arguments itself
         declared = registry.settings(name)

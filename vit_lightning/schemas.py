@@ -39,13 +39,13 @@ class SearchConfig:
 
     study: str = key("study", "Name of the study; its trials are in outputs/search/<study>/.")
     storage: str | None = key(None, "URL of the study's database; null for study.db next to its trials.")
-    trials: int = key(20, "Trials to finish or prune, by all processes and starts together.", low=1)
+    trials: int = key(20, "Trials to finish or prune, across all processes and restarts.", low=1)
     timeout: float | None = key(None, "Seconds after which a process starts no new trial; null for no limit.", low=0)
     sampler: str = key("tpe", "How values are proposed.", choices=("tpe", "random"))
     prune: bool = key(True, "End a trial whose best value is worse than the median of the others at its epoch.")
     startup: int = key(5, "Trials that finish before one is pruned.", low=0)
     warmup: int = key(1, "Epochs of a trial before it may be pruned.", low=0)
-    heartbeat: int = key(60, "Seconds between a process's signs of life; without one for twice as long, another "
+    heartbeat: int = key(60, "Seconds between heartbeats of a process; after twice as long without one, another "
                          "process takes over its trial.", low=1)  # fmt: skip
     seed: int | None = key(None, "Seed of the sampler; null for a random one.", low=0, high=SEED)
 
@@ -164,7 +164,8 @@ class ExportConfig:
     format: str = key("onnx", "safetensors writes the weights alone, at half precision; timm writes what timm opens.",
                       choices=("onnx", "torch_export", "safetensors", "timm"))  # fmt: skip
     data: DataConfig | None = None  # the training data, if the record differs
-    licence: str = key("", "What the weights may be used for: a note, or a name of the Hugging Face Hub such as mit.")
+    licence: str = key("", "What the weights may be used for: a note, or a licence identifier of the Hugging Face Hub, "
+                       "such as mit.")  # fmt: skip
     seconds: float = key(1.0, "How long each speed is measured.", low=0)
     imports: Any = key(list, IMPORTS)
     traceback: bool = key(False, TRACEBACK)

@@ -97,4 +97,4 @@ def warn_instead(name: str) -> Iterator[None]:
         yield
     except Exception as error:
         [reason, *_] = str(error).splitlines() or [""]
-        print(f"warning: no picture of {name} ({type(error).__name__}: {reason})", file=sys.stderr)
+        print(f"warning: cannot draw {name} ({type(error).__name__}: {reason})", file=sys.stderr)

@@ -24,14 +24,15 @@ class TrainerConfig:
                          )  # fmt: skip
     max_epochs: int = key(100, "Passes over the training images.", low=1)
     min_epochs: int | None = key(None, "Passes before a target or another callback may end the run.", low=1)
-    max_steps: int | None = key(None, "Most optimizer steps, if they end the run before max_epochs.", low=1)
+    max_steps: int | None = key(None, "Maximum number of optimizer steps, if reached before max_epochs.", low=1)
     min_steps: int | None = key(None, "Optimizer steps before a target or another callback may end the run.", low=1)
-    max_time: str | None = key(None, "Longest time to train, as DD:HH:MM:SS.")
+    max_time: str | None = key(None, "Maximum training time, as DD:HH:MM:SS.")
     accumulate_grad_batches: int = key(1, "Batches whose gradients are averaged for one optimizer step.", low=1)
-    gradient_clip_val: float | None = key(None, "Largest norm of all gradients together; null for no clipping.", low=0)
+    gradient_clip_val: float | None = key(None, "Maximum norm of all gradients together; null for no clipping.", low=0)
     gradient_clip_algorithm: str = key("norm", "Clip the norm, or each value.", choices=("norm", "value"))
-    fast_dev_run: int = key(0, "A trial of everything a run does: one epoch of so many batches; 0 for none.", low=0)
-    overfit_batches: int = key(0, "Train on so many fixed batches, and validate on as many; 0 for all.", low=0)
+    fast_dev_run: int = key(0, "Try everything a run does in one epoch of this many batches; 0 to train normally.",
+                            low=0)  # fmt: skip
+    overfit_batches: int = key(0, "Train on this many fixed batches and validate on as many; 0 for all.", low=0)
     limit_train_batches: int | float = key(1.0, "Batches per epoch: a number (int) or a share (float) of them.")
     limit_val_batches: int | float = key(1.0, "The same for validation; 0 for none, which keeps the last weights.")
     limit_test_batches: int | float = key(1.0, "The same for the test.")

@@ -120,5 +120,5 @@ def test_a_projector_that_cannot_be_written_leaves_the_embeddings(tmp_path, caps
     (tmp_path / "00000").write_text("in the way")
     images = torch.zeros(2, 2, 4, 4, dtype=torch.uint8)
     write_embeddings(tmp_path, torch.eye(2), {"class": ["a", "b\udce9"], "files": ["0", "1"]}, images.__getitem__)
-    assert "warning: no picture of the projector" in capsys.readouterr().err
+    assert "warning: cannot draw the projector" in capsys.readouterr().err
     assert np.load(tmp_path / "embeddings.npz")["class"].tolist() == ["a", "b\udce9"]

@@ -77,7 +77,7 @@ def test_an_unreadable_file_is_named_and_the_others_are_still_predicted(pictures
     errors = result.stderr.splitlines()
     assert any("broken.png cannot be read (not an image)" in line for line in errors)
     assert any("none*.png matches no picture" in line for line in errors)
-    assert f"warning: images={other}: 2 files are not used (1 .txt, 1 .heic), as notes.txt" in errors
+    assert f"warning: images={other}: 2 files are not used (1 .txt, 1 .heic), such as notes.txt" in errors
     assert any(line.endswith(f"images={other} matches no picture") for line in errors)
     assert errors[-1] == "error: 3 of 4 files could not be read (see above)"
     [row] = json.loads((digits_run.parent / "two" / "predictions.json").read_text())
@@ -127,7 +127,7 @@ def test_without_images_it_says_what_to_name(images):
 
 
 def test_where_nothing_is_found_it_says_what_it_takes(pictures, tmp_path):
-    with pytest.raises(InputError, match="no picture was read"):
+    with pytest.raises(InputError, match="no picture could be read"):
         predict(composed("checkpoint=run", f"images={tmp_path / 'nothing'}", name="predict"), tmp_path)
 
 

@@ -89,7 +89,7 @@ def test_a_csv_file_lists_pictures(tmp_path):
         ("path,label,split\na.png,x,fold1", "labels.csv, line 2, needs a path, a label and a split"),
         ("path,label\na.png,", "line 2, needs a path, a label"),
         ("", "it lacks path"),
-        ("path,label\n", r"labels\.csv lists no picture"),
+        ("path,label\n", r"labels\.csv lists no pictures"),
         (None, "labels.csv does not exist; data.root needs train/"),
     ],
 )
@@ -129,7 +129,7 @@ def test_pictures_in_sub_folders_and_of_any_format_are_read_and_others_reported(
     data = opened(root)
     assert sum(counts(data)) == 26
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
-    assert line.endswith("photos: 3 files are not used (2 .txt, 1 .json), as a/notes.txt")
+    assert line.endswith("photos: 3 files are not used (2 .txt, 1 .json), such as a/notes.txt")
     assert {".bmp", ".tif", ".webp", ".jfif", ".avif", ".pgm"} <= SUFFIXES
 
 
@@ -197,7 +197,7 @@ def test_names_that_are_not_utf8(tmp_path):
 def test_a_class_of_one_image_is_named(tmp_path):
     root = tree(tmp_path / "photos", train="a b", test="a b")
     picture(root / "train" / "rare" / "x.png")
-    with pytest.raises(InputError, match=r"class by class: each class needs 2 images or more, unlike rare \(1\)"):
+    with pytest.raises(InputError, match=r"class by class: each class needs at least 2 images; too few of rare \(1\)"):
         opened(root)
 
 

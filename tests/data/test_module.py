@@ -59,7 +59,7 @@ def test_folds_are_a_stratified_cross_validation():
 
 def test_splits_that_cannot_be_made_are_refused():
     few = arrays_of(torch.tensor([0] * 50 + [1] * 3), torch.arange(9))
-    with pytest.raises(InputError, match=r"data\.folds=5 needs as many images of each class; b has 3"):
+    with pytest.raises(InputError, match=r"data\.folds=5 needs at least as many images of each class; b has 3"):
         split_indices(few, DataConfig(split="standard", folds=5))
     with pytest.raises(InputError, match=r"data\.fold=5 must be less than data\.folds=5"):
         DataConfig(split="standard", folds=5, fold=5)

@@ -207,7 +207,7 @@ def test_a_source_whose_images_do_not_fit_its_shape_or_labels_is_refused(tmp_pat
         write(images={"train": iter([pixels(3, 8, 8), pixels(8, 8)])})
     with pytest.raises(InputError, match="1 train images have 2 labels"):
         write(images={"train": iter([pixels(3, 8, 8)])})
-    with pytest.raises(InputError, match="the training images are of one class; a classifier needs two or more"):
+    with pytest.raises(InputError, match="the training images are of only one class; a classifier needs at least two"):
         write(images={"train": iter([pixels(3, 8, 8)] * 2)}, class_names=["a"], labels={"train": np.array([0, 0])})
     with pytest.raises(InputError, match="the train labels must be from 0 to 0"):
         write(images={"train": iter([pixels(3, 8, 8)] * 2)}, class_names=["a"])

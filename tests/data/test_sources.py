@@ -309,12 +309,12 @@ def mistaken_folder(root: Path, mistake: str) -> None:
 @pytest.mark.parametrize(
     ("mistake", "message"),
     [
-        ("one class", "has one class of training images; a classifier needs two or more"),
-        ("unknown class", "has test images of a class wasp without training images"),
-        ("empty class", "train/cat has no picture; add some or remove it"),
+        ("one class", "has training images of only one class; a classifier needs at least two"),
+        ("unknown class", "has test images of class wasp, but no training images of it"),
+        ("empty class", "train/cat contains no pictures; add some or remove it"),
         ("no classes", "train has no class folder; data.root needs train/<class>"),
-        ("broken class", "train/cat is a link to nowhere; restore its target or remove it"),
-        ("broken part", "images/train is a link to nowhere; restore its target or remove it"),
+        ("broken class", "train/cat is a broken link; restore its target or remove it"),
+        ("broken part", "images/train is a broken link; restore its target or remove it"),
         ("two", "has two folders of val images; rename one"),
     ],
 )

@@ -347,7 +347,7 @@ def test_rotary_positions_need_a_block_that_rotates():
         ({"scaling": {"by": "a"}}, "model.options.scaling.by=a must be of type float"),
         ({"scaling": {"by": True}}, "model.options.scaling.by=True must be of type float"),
         ({"scaling": {"to": 1.0}}, "model.options.scaling.to is not a setting of scaling; it has by"),
-        ({"scaling": 3}, "model.options.scaling=3 must be settings, as in model.options.scaling.x=1"),
+        ({"scaling": 3}, "model.options.scaling=3 must be a mapping of settings, as in model.options.scaling.x=1"),
         ({"blog": {"by": 1.0}}, "model.options.blog.by is not a setting of blog; it has no settings"),
         ({"mystery": {}}, "model.options.mystery is not a registered part"),
     ],

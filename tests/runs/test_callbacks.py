@@ -130,6 +130,6 @@ def test_a_run_of_unequal_classes_says_so_and_shows_the_balanced_accuracy(tmp_pa
     train(replace(config, data=data), tmp_path / "run")
     output = capsys.readouterr().out
     unequal = few == 6
-    assert ("unequal classes (few 6, many 18 images): try optim.class_weights=balanced or" in output) == unequal
+    assert ("imbalanced classes (few 6, many 18 images): try optim.class_weights=balanced or" in output) == unequal
     assert bool(re.search(r"images +loss +top-1 +balanced\n", output)) == unequal
     assert ("test/balanced_acc" in json.loads((tmp_path / "run" / "summary.json").read_text())["metrics"]) == unequal

@@ -116,8 +116,8 @@ def test_a_picture_that_fails_costs_one_line_and_nothing_else(digits_run, tmp_pa
     dashboard.log_best(trainer, record)
     dashboard.show_best(load_classifier(str(digits_run)), trainer, record)
     assert capsys.readouterr().err.splitlines() == [
-        "warning: no picture of attention (ZeroDivisionError: nothing)",
-        "warning: no picture of per_class (ZeroDivisionError: nothing)",
+        "warning: cannot draw attention (ZeroDivisionError: nothing)",
+        "warning: cannot draw per_class (ZeroDivisionError: nothing)",
     ]
     logger.experiment.flush()
     shown = events(tmp_path)

@@ -160,7 +160,7 @@ def test_more_processes_than_images_are_refused(tmp_path):
     folder = ["data=image_folder", "data.root=images", *TINY[1:], *TWO, "trainer.devices=4"]
     result = run("-m", "vit_lightning.train", *folder, cwd=tmp_path)
     assert result.returncode == 1
-    assert result.stderr == "error: 4 processes need as many test images, and there are 3\n"
+    assert result.stderr == "error: 4 processes need at least as many test images; there are 3\n"
 
 
 def test_two_nodes_of_torchrun_make_one_run(tmp_path):

@@ -79,7 +79,7 @@ def write_card(classifier: ViTClassifier, record: dict[str, Any], licence: str, 
     """
     path = model.with_name("README.md")
     if path.exists():
-        print(f"{relative(path)} was there before and is kept; delete it for a new model card")
+        print(f"{relative(path)} already exists and was kept; delete it to write a new model card")
         return
     if len(classifier.hparams["class_names"]) <= 10:  # top-5 means little if it covers half of the classes
         metrics = {name: value for name, value in record.get("metrics", {}).items() if not name.endswith("/acc5")}

@@ -66,7 +66,7 @@ def predict(config: PredictConfig, run_dir: Path, invocation: Invocation | None 
     for message in unreadable:
         print(f"error: {message}", file=sys.stderr)
     if not rows:
-        raise InputError("no picture was read; images= takes files, directories and globs of pictures")
+        raise InputError("no picture could be read; images= takes files, directories and globs of pictures")
 
     write_atomic(run_dir / "predictions.json", json.dumps(rows, indent=2) + "\n")
     numbers = range(1, len(rows[0]["predictions"]) + 1)

@@ -144,7 +144,7 @@ def check_labels(part: str, labels: np.ndarray, count: int, class_names: list[st
     if not 0 <= labels.min() <= labels.max() < len(class_names):
         raise InputError(f"data: the {part} labels must be from 0 to {len(class_names) - 1}")
     if part == "train" and len(class_names) < 2:
-        raise InputError("data: the training images are of one class; a classifier needs two or more")
+        raise InputError("data: the training images are of only one class; a classifier needs at least two")
 
 
 def channels_first(images: np.ndarray) -> np.ndarray:

@@ -139,7 +139,7 @@ def read_classes(folder: Path) -> tuple[dict[str, list[Path]], list[Path]]:
         classes[entry.name] = [file for file in files if is_picture(file)]
         others += [file for file in files if not is_picture(file)]
         if not classes[entry.name]:
-            raise InputError(f"{entry} has no picture; add some or remove it")
+            raise InputError(f"{entry} contains no pictures; add some or remove it")
     if not classes:
         raise InputError(f"{folder} has no class folder; {LAYOUTS}")
     return classes, others
@@ -152,7 +152,7 @@ def check_link(path: Path) -> None:
         InputError: if it is.
     """
     if path.is_symlink() and not path.exists():
-        raise InputError(f"{path} is a link to nowhere; restore its target or remove it")
+        raise InputError(f"{path} is a broken link; restore its target or remove it")
 
 
 def read_csv(path: Path) -> tuple[Listing, list[Path]]:
@@ -174,7 +174,7 @@ def read_csv(path: Path) -> tuple[Listing, list[Path]]:
         if name not in columns:
             raise InputError(f"data.root={path} needs the columns path and label, and may have split; it lacks {name}")
     if not rows:
-        raise InputError(f"data.root={path} lists no picture; add some")
+        raise InputError(f"data.root={path} lists no pictures; add some")
     for number, row in enumerate(rows, start=2):
         part = PART_NAMES.get((row.get("split") or "train").strip().lower())
         if part is None or not row["label"] or not row["path"]:
@@ -192,10 +192,10 @@ def check_classes(root: Path, listing: Listing) -> None:
     if "train" not in listing:
         return  # an evaluation compares the classes with the network's
     if len(listing["train"]) < 2:
-        raise InputError(f"data.root={root} has one class of training images; a classifier needs two or more")
+        raise InputError(f"data.root={root} has training images of only one class; a classifier needs at least two")
     for part, classes in listing.items():
         for name in classes.keys() - listing["train"].keys():
-            raise InputError(f"data.root={root} has {part} images of a class {name} without training images")
+            raise InputError(f"data.root={root} has {part} images of class {name}, but no training images of it")
 
 
 def report_others(name: str, base: Path, others: Iterable[Path]) -> None:
@@ -205,4 +205,4 @@ def report_others(name: str, base: Path, others: Iterable[Path]) -> None:
         counts = Counter(file.suffix.lower() or "no suffix" for file in files).most_common(5)
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in counts)
         example = as_text(os.path.relpath(files[0], base))
-        print(f"warning: {name}: {len(files):,} files are not used ({kinds}), as {example}", file=sys.stderr)
+        print(f"warning: {name}: {len(files):,} files are not used ({kinds}), such as {example}", file=sys.stderr)

@@ -62,10 +62,10 @@ def hold_out(
         needed = 2 if "test" in arrays.labels else 3  # one image for each split
         counts = np.bincount(arrays.labels["train"], minlength=len(arrays.class_names))
         rare = [f"{name} ({n})" for name, n in zip(arrays.class_names, counts, strict=True) if n < needed]
-        few = f"{len(indices)} images are too few for {len(counts)} classes; choose a share nearer to 0.5"
+        few = f"{len(indices)} images are too few for {len(counts)} classes; choose a share closer to 0.5"
         if rare:
             more = f" and {len(rare) - 5} more" if len(rare) > 5 else ""
-            few = f"each class needs {needed} images or more, unlike {', '.join(rare[:5])}{more}"
+            few = f"each class needs at least {needed} images; too few of {', '.join(rare[:5])}{more}"
         raise InputError(f"data.val_fraction={config.val_fraction} cannot be held out class by class: {few}") from error
     return rest, held
 
@@ -81,7 +81,7 @@ def fold_of(indices: np.ndarray, arrays: ImageArrays, config: DataConfig) -> tup
     rarest = int(np.bincount(labels, minlength=len(arrays.class_names)).argmin())
     if (labels == rarest).sum() < config.folds:
         name, count = arrays.class_names[rarest], (labels == rarest).sum()
-        raise InputError(f"data.folds={config.folds} needs as many images of each class; {name} has {count}")
+        raise InputError(f"data.folds={config.folds} needs at least as many images of each class; {name} has {count}")
     folds = StratifiedKFold(config.folds, shuffle=True, random_state=config.split_seed)
     rest, held = list(folds.split(indices, labels))[config.fold]
     return indices[rest], indices[held]

@@ -304,7 +304,7 @@ def check_splits(config: Config, data: ImageData) -> None:
     for split in ("val", "test"):
         count = len(data.indices[split])
         if 0 < count < devices * nodes:
-            raise InputError(f"{devices * nodes} processes need as many {split} images, and there are {count}")
+            raise InputError(f"{devices * nodes} processes need at least as many {split} images; there are {count}")
 
 
 def patches_of(data: ImageData, patch_size: int) -> Figure:

@@ -104,7 +104,7 @@ def show_start(config: Config, data: ImageData, classifier: ViTClassifier, train
     images = data.class_counts()
     if unequal(images) and config.optim.class_weights == "none" and config.data.sampler == "shuffle":
         few, many = (f"{data.class_names[place]} {images[place]:,}" for place in (images.argmin(), images.argmax()))
-        print(f"unequal classes ({few}, {many} images): try optim.class_weights=balanced or data.sampler=balanced")
+        print(f"imbalanced classes ({few}, {many} images): try optim.class_weights=balanced or data.sampler=balanced")
 
     model = ModelSummary(classifier, max_depth=3)
     sizes = dict(zip(model.layer_names, model.out_sizes, strict=True))
