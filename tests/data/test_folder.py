@@ -202,7 +202,7 @@ def test_a_class_of_one_image_is_named(tmp_path):
 
 
 def test_too_few_images_for_the_classes_are_refused(tmp_path):
-    with pytest.raises(InputError, match="8 images are too few for 2 classes; choose a share nearer"):
+    with pytest.raises(InputError, match="8 images are too few for 2 classes; choose a share closer"):
         opened(tree(tmp_path / "photos", count=4, train="a b", test="a b"))
 
 
