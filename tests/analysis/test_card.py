@@ -108,7 +108,7 @@ def test_a_readme_that_is_there_is_kept(tmp_path, capsys):
     (tmp_path / "README.md").write_text("mine")
     write_card(load_classifier("pretrained"), {}, "", tmp_path / "model.safetensors")
     assert (tmp_path / "README.md").read_text() == "mine"
-    assert "delete it for a new model card" in capsys.readouterr().out
+    assert "delete it to write a new model card" in capsys.readouterr().out
 
 
 def test_only_the_best_checkpoint_has_the_results_of_its_run(digits_run, tmp_path, monkeypatch):
