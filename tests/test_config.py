@@ -302,7 +302,7 @@ def takes_a_step(values: dict[str, dict]) -> bool:
 PROPERTY = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
 
-@pytest.mark.parametrize("wild", [False, True])
+@pytest.mark.parametrize("wild", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_whole_configuration_trains_a_step_or_is_refused_with_a_message(wild):
     """Of settings within their ranges some do not go together; wild ones leave the ranges too."""
     taken = []

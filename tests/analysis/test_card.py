@@ -31,7 +31,9 @@ def plain(tmp_path: Path) -> Path:
     return tmp_path / "plain.ckpt"
 
 
-@pytest.mark.parametrize("form", ["safetensors", "onnx", "torch_export", "timm"])
+@pytest.mark.parametrize(
+    "form", ["safetensors", "timm", *(pytest.param(form, marks=pytest.mark.slow) for form in ("onnx", "torch_export"))]
+)
 def test_the_code_of_a_card_loads_what_is_next_to_it(plain, tmp_path, monkeypatch, form):
     out = tmp_path / "out"
     out.mkdir()

@@ -131,6 +131,7 @@ def test_where_nothing_is_found_it_says_what_it_takes(pictures, tmp_path):
         predict(composed("checkpoint=run", f"images={tmp_path / 'nothing'}", name="predict"), tmp_path)
 
 
+@pytest.mark.slow
 def test_a_file_name_that_is_not_valid_unicode(pictures, digits_run):
     """A Latin-1 name on a UTF-8 terminal; pictures in hidden directories are left out."""
     folder, _ = pictures

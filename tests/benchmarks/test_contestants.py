@@ -37,6 +37,7 @@ def fail(config, data, device) -> None:
     raise RuntimeError("out of memory")
 
 
+@pytest.mark.slow
 def test_a_contestant_measures_in_a_process_of_its_own_until_one_fails(tmp_path, capfd):
     config = composed("data=digits", f"data.cache_dir={tmp_path}", name="benchmark")
     with process_of(Contestant("slow library", {}), config, torch.device("cpu")) as measure:

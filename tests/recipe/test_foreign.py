@@ -278,7 +278,10 @@ def library_network(kind: str, folder: Path) -> tuple[str, nn.Module]:
     return f"timm:{folder}", model
 
 
-@pytest.mark.parametrize("kind", ["dinov2_with_registers", "deit_tiny_patch16_224", "vit_tiny_patch16_224"])
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("dinov2_with_registers", "deit_tiny_patch16_224")]
+
+
+@pytest.mark.parametrize("kind", [*SLOW_KINDS, "vit_tiny_patch16_224"])
 @torch.no_grad()
 def test_a_run_that_learns_nothing_computes_what_the_library_does(kind, tmp_path):
     """From the command that trains to what is predicted, embedded and exported."""

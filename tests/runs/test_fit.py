@@ -203,6 +203,7 @@ def test_a_seed_repeats_a_run_bit_for_bit_and_another_does_not(digits, start):
     assert not all(torch.equal(first[name], value) for name, value in weights_of(other).items())
 
 
+@pytest.mark.slow
 def test_an_image_folder_trains_at_the_defaults_of_everything_else(tmp_path):
     write_folder(tmp_path / "data" / "pets", {"cat": (40, 10), "dog": (40, 10)})
     arguments = ["data=image_folder", "data.root=data/pets", *FEW, "trainer.precision=bf16-mixed"]
@@ -239,6 +240,7 @@ def test_a_sweep_names_its_jobs_and_ends_with_a_table(start):
     Image.open(start / "sweep" / "summary.png").verify()
 
 
+@pytest.mark.slow
 def test_a_sweep_started_again_runs_what_has_not_finished(start):
     """One job done, one killed after its first epoch, one new."""
     tiny = ["data=digits", *FEW, *SMALL, "trainer.max_epochs=3"]
@@ -317,6 +319,7 @@ def test_an_impossible_grid_ends_before_its_first_job(tmp_path, setting, message
     assert not list(tmp_path.glob("sweep/*/*"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_where_the_run_lies(start):
     before = set(start.glob("outputs/*/*"))
     arguments = [sys.executable, "-u", "-m", "vit_lightning.train", "experiment=quickstart", *SMALL]
@@ -563,6 +566,7 @@ def test_training_stops_at_its_target_and_the_summary_says_when_each_mark_was_pa
     assert list(marks.values()) == sorted(marks.values())
 
 
+@pytest.mark.slow
 def test_by_time_a_schedule_ends_with_the_time_and_the_test_images_can_be_left_alone(start):
     arguments = ["trainer.max_epochs=100000", "trainer.max_time=00:00:00:03", "optim.clock=time", "test=false"]
     run, result = trained("experiment=quickstart", *SMALL, *arguments, cwd=start)

@@ -34,6 +34,7 @@ def study_of(folder, name="study"):
     return optuna.load_study(study_name=name, storage=f"sqlite:///{folder}/outputs/search/{name}/study.db")
 
 
+@pytest.mark.slow
 def test_a_search_trains_its_trials_and_says_how_to_run_the_best_again(tmp_path):
     arguments = [*SHORT, "search.trials=3", "search.seed=0", "search.prune=false"]
     result = command("search", *arguments, cwd=tmp_path)
@@ -255,6 +256,7 @@ def test_two_workers_share_a_study(tmp_path):
     assert len(folders) == len(states)
 
 
+@pytest.mark.slow
 def test_a_storage_of_something_else_is_refused(tmp_path):
     first = command("search", *SHORT, "search.trials=1", "search.prune=false", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
