@@ -86,7 +86,7 @@ def test_the_pretrained_network_is_as_described():
     record = json.loads(metadata["record"])
     assert record["parameters"] <= 4_000_000
     assert record["samples_seen"] <= 5_000_000
-    assert (record["images"]["train"], record["images"]["val"]) == (45000, 5000)
+    assert (record["images"]["train"], record["images"]["val"]) == (49500, 500)
     assert record["metrics"]["val/acc"] > 0.7
     assert metadata["licence"]
 
@@ -97,9 +97,8 @@ def test_the_pretrained_network_recognises_a_flower():
 
     trained = load_classifier("pretrained")
     photograph = torch.from_numpy(load_sample_image("flower.jpg").copy()).permute(2, 0, 1)[None, :, :, 106:533]
-    probabilities = trained.classify(photograph)[0]
-    flowers = [CLASSES.index(name) for name in ("orchid", "poppy", "rose", "sunflower", "tulip")]
-    assert probabilities[flowers].sum() > 0.5
+    guess = CLASSES[trained.classify(photograph).argmax()]
+    assert guess in ("orchid", "poppy", "rose", "sunflower", "tulip")
 
 
 def damaged(path: Path) -> Path:

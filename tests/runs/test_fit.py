@@ -272,8 +272,8 @@ def test_a_preset_is_a_sweep(start):
 
 def test_an_ablation_is_a_sweep_over_files_that_change_one_thing(start):
     tiny = ["data=digits", "data.val_fraction=0.2", "model.image_size=16", "model.embed_dim=32", "trainer.max_epochs=1"]
-    where = ["trainer.check_val_every_n_epoch=1", "hydra.sweep.dir=ablation"]
-    result = command("train", "-m", "experiment=ablation", "ablation=glob([ba*,cos*])", *tiny, *where, cwd=start)
+    sweep = ["-m", "experiment=ablation", "ablation=glob([ba*,cos*])", "hydra.sweep.dir=ablation"]
+    result = command("train", *sweep, *tiny, cwd=start)
     assert result.returncode == 0, result.stderr
     jobs = {path.parent.name: summary_of(path.parent) for path in start.glob("ablation/*/summary.json")}
     base = flatten(jobs["ablation-base"]["config"])

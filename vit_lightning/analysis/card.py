@@ -206,8 +206,8 @@ def describe_results(record: dict[str, Any]) -> str:
             rows.append([title, *("" if value is None else f"{value:.4f}" for value in values)])
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return (
-        f"{table}\n\nMeasured by the run, before the export. The validation images chose the epoch; the training "
-        "metrics were measured during the epoch, with augmentation."
+        f"{table}\n\nMeasured by the run, before the export; the training metrics during the epoch, with augmentation. "
+        "Unless the run validated only once, the validation images chose the epoch."
     )
 
 
